@@ -1,0 +1,152 @@
+"""Our optimizer step divided by the bare one, interleaved in one run.
+
+Bare is what nobody can avoid: forward, backward and fused AdamW of the same module with the same
+adapters on the same inputs, without data loading, noise, timesteps, clipping, logging or events.
+Run from the repository root: ``python -m benchmarks.train_step``. Prints one line per size and the
+ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F  # noqa: N812
+
+from engine import events, lora, optimizers, seeds, timesteps
+from engine.architectures.flux_kontext import FluxKontext
+from engine.jobs.step import OptimizerStep, VelocityModel
+from engine.jobs.step_log import StepLog
+from engine.loss_history import LossHistory
+
+ARCHITECTURE = FluxKontext()
+SIZES = {  # hidden, double blocks, single blocks, batch, latent side, text tokens
+    "demo": (128, 2, 4, 4, 8, 32),
+    "small": (512, 2, 4, 1, 32, 64),
+}
+
+
+class Case:
+    """One model with adapters, its optimizer and a fixed batch."""
+
+    def __init__(self, size: str, device: torch.device) -> None:
+        hidden, double, single, batch, side, text = SIZES[size]
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=hidden // 128,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            guidance_embeds=True,
+        )
+        transformer = transformer.requires_grad_(False).to(device).train()
+        network = lora.inject(
+            transformer,
+            ARCHITECTURE.lora_targets(transformer),
+            rank=16,
+            alpha=16,
+            generator=seeds.generator(0, "lora"),
+        )
+        self.model = VelocityModel(ARCHITECTURE, transformer)
+        self.parameters = list(network.parameters())
+        self.optimizer = optimizers.create("AdamW", self.parameters, lr=1e-4, arguments={})
+        self.batch = {
+            "latents": torch.randn(batch, 16, 1, side, side, device=device),
+            "text_embeds": torch.randn(batch, text, 64, device=device),
+            "pooled": torch.randn(batch, 64, device=device),
+        }
+        self.noisy = torch.randn_like(self.batch["latents"])
+        self.target = torch.randn_like(self.batch["latents"])
+        self.t_B = torch.rand(batch, device=device)
+        self.conditions = {k: v for k, v in self.batch.items() if k != "latents"} | {
+            "guidance": torch.ones(batch, device=device)
+        }
+
+    def bare_step(self) -> None:
+        """Forward, backward and AdamW, nothing else."""
+        self.optimizer.zero_grad(set_to_none=True)
+        velocity = self.model(self.noisy, self.t_B, self.conditions)
+        F.mse_loss(velocity, self.target).backward()
+        self.optimizer.step()
+
+
+def our_steps(case: Case, device: torch.device, folder: Path) -> Iterator[None]:
+    """The training loop's own step on the same case; each ``next`` is one step."""
+    take_step = OptimizerStep(
+        model=case.model,
+        parameters=case.parameters,
+        optimizer=case.optimizer,
+        scaler=GradScaler(device.type, enabled=False),
+        sample_times=lambda draws_B, height, width: timesteps.flux_shift(
+            draws_B,
+            scale=1.0,
+            fixed_shift=1.0,
+            resolution_shift=ARCHITECTURE.timestep_shift(height, width),
+        ),
+        guidance=1.0,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    with LossHistory(folder / "loss.jsonl") as history:
+        log = StepLog(history, events.silent, total_steps=10**6)
+        step = 0
+        while True:
+            result = take_step([(step, case.batch)])
+            step += 1
+            optimizers.set_learning_rate(case.optimizer, 1e-4)
+            log.record(step, 1, 1e-4, result)
+            yield
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(size: str, device: torch.device, rounds: int, folder: Path) -> tuple[float, float]:
+    """Median seconds (bare, ours), alternating step by step."""
+    case = Case(size, device)
+    steps = our_steps(case, device, folder)
+    for _ in range(5):
+        case.bare_step()
+        next(steps)
+    bare: list[float] = []
+    ours: list[float] = []
+    for _ in range(rounds):
+        bare.append(timed(case.bare_step, device))
+        ours.append(timed(lambda: next(steps), device))
+    return statistics.median(bare), statistics.median(ours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES:
+            bare, ours = measure(size, device, arguments.rounds, Path(folder))
+            sys.stdout.write(
+                f"{size:6s} bare {bare * 1000:8.2f} ms  ours {ours * 1000:8.2f} ms  "
+                f"ratio {ours / bare:.3f}\n"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What the jobs need to know of a model family, and nothing more.
+
+Shapes: B batch, C latent channels, T frames, H W latent height and width. Image families use
+T = 1, so that nothing above this line has to ask which kind it is talking to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..autoencoders import ImageAutoencoder
+from ..weights import Checkpoint
+
+# Everything but the noisy latents and the time that the transformer is given for one batch.
+Conditions = Mapping[str, Tensor]
+
+
+class Architecture(Protocol):
+    """One model family."""
+
+    @property
+    def name(self) -> str:
+        """Short identity, as in the setting ``architecture`` and in cache file names."""
+        ...
+
+    @property
+    def modelspec_architecture(self) -> str:
+        """The family's name in ``modelspec.architecture`` of a LoRA file, before "/lora"."""
+        ...
+
+    @property
+    def default_timestep_sampling(self) -> str:
+        """What ``timestep_sampling = "auto"`` means."""
+        ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Image sides must be a multiple of this many pixels."""
+        ...
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels of a side one latent stands for."""
+        ...
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """Whether the tensor names are those of this family's transformer."""
+        ...
+
+    def load_transformer(
+        self, path: Path, *, dtype: torch.dtype, device: torch.device | str
+    ) -> nn.Module:
+        """Stream a user's file or folder into a frozen model in evaluation mode."""
+        ...
+
+    def published_linears(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Published name -> our Linear modules it is made of, for all that a LoRA may name."""
+        ...
+
+    def lora_targets(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Those of `published_linears` that a LoRA is trained on by default."""
+        ...
+
+    def predict_velocity(
+        self, transformer: nn.Module, noisy_BCTHW: Tensor, t_B: Tensor, conditions: Conditions
+    ) -> Tensor:
+        """The model's velocity at flow times ``t`` in [0, 1], same shape as the latents."""
+        ...
+
+    def timestep_shift(self, latent_height: int, latent_width: int) -> float:
+        """The family's own shift towards noise for this latent size."""
+        ...
+
+    def load_autoencoder(
+        self, path: Path, *, dtype: torch.dtype | None, device: torch.device | str
+    ) -> ImageAutoencoder:
+        """The family's VAE; its latents are normalised as the transformer expects them."""
+        ...
+
+    def load_text_encoders(
+        self,
+        text_encoder1: Path,
+        text_encoder2: Path,
+        tokenizer1: Path | None,
+        tokenizer2: Path | None,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> Any:
+        """What `encode_text` takes as its first argument."""
+        ...
+
+    def encode_text(
+        self, encoders: Any, captions: list[str], max_length: int
+    ) -> list[dict[str, Tensor]]:
+        """The conditions that each caption gives, without a batch dimension."""
+        ...

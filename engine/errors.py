@@ -1,0 +1,23 @@
+"""What the engine raises when a user can do something about it.
+
+Each message is one sentence: where, what was found, what to do. Everything else is a bug and
+raises ``ValueError`` or fails an ``assert``.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error that is shown to the user without a traceback."""
+
+
+class ConfigError(EngineError):
+    """A setting is unknown, of the wrong type, out of range or missing."""
+
+
+class CheckpointError(EngineError):
+    """A model, LoRA or state file is missing, damaged or not what it was given as."""
+
+
+class DataError(EngineError):
+    """A dataset folder, image, caption or cache file cannot be used."""

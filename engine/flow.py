@@ -1,0 +1,45 @@
+"""Rectified flow: noising, the regression target and the sampler's time grid.
+
+Flow time ``t`` is in [0, 1]: 0 is data, 1 is pure noise (Liu et al. 2022, arXiv:2209.03003;
+Esser et al. 2024, arXiv:2403.03206).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def noisy_latents(latents: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+    """``(1 - t) latents + t noise``, with one time per batch entry."""
+    return torch.lerp(latents, noise, _per_sample(t_B, latents))
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """``noise - latents``: the direction of increasing ``t``, the same at every ``t``."""
+    return noise - latents
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times in [0, 1] towards noise: ``shift t / (1 + (shift - 1) t)``, 0 and 1 stay.
+
+    Undone by ``1 / shift``. Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def linear_shift(num_tokens: int, *, first: tuple[int, float], second: tuple[int, float]) -> float:
+    """``exp(mu)`` where ``mu`` lies on the line through two (number of tokens, mu) points."""
+    slope = (second[1] - first[1]) / (second[0] - first[0])
+    return math.exp(first[1] + slope * (num_tokens - first[0]))
+
+
+def sampling_times(num_steps: int, shift: float) -> list[float]:
+    """``num_steps + 1`` shifted times from 1 down to 0, evenly spaced before the shift."""
+    return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist()
+
+
+def _per_sample(t_B: Tensor, like: Tensor) -> Tensor:
+    return t_B.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,118 @@
+"""One table per family between published tensor names and the module names of our classes.
+
+The same table loads weights, writes them back and gives every LoRA its published name. A row
+pairs one published module with one or more of ours; with several, the published weight is
+theirs stacked along the first dimension (fused q, k and v). ``{}`` stands for a block's index,
+so a table fits any depth, and widths come from the model itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .weights import Source
+
+
+@dataclass(frozen=True)
+class Row:
+    """``published`` is made of ``inner``, in this order.
+
+    Args:
+        weight_name: the published name of the parameter that we call ``weight``.
+        halves_swapped: the two halves along the first dimension are in the other order.
+    """
+
+    published: str
+    inner: tuple[str, ...]
+    weight_name: str = "weight"
+    halves_swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A published module and the modules of ours that it is made of, in stacking order."""
+
+    published: str
+    inner: tuple[str, ...]
+    row: Row
+
+
+def fusions(table: Sequence[Row], module: nn.Module) -> list[Fusion]:
+    """Every published module of this model, in the model's own order."""
+    order = {name: position for position, (name, _) in enumerate(module.named_modules())}
+    found: list[Fusion] = []
+    for row in table:
+        pattern = re.compile(re.escape(row.inner[0]).replace(r"\{\}", r"(\d+)"))
+        for name in order:
+            if match := pattern.fullmatch(name):
+                index = match.groups()
+                inner = tuple(part.format(*index) for part in row.inner)
+                found.append(Fusion(row.published.format(*index), inner, row))
+    return sorted(found, key=lambda fusion: order[fusion.inner[0]])
+
+
+def key_map(table: Sequence[Row], module: nn.Module, *, prefix: str = "") -> dict[str, Source]:
+    """Name of each of our tensors -> where it is in a published file (`weights.load_into`)."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    sources: dict[str, Source] = {}
+    for fusion in fusions(table, module):
+        for parameter in ("weight", "bias"):
+            published = _published_key(fusion, parameter, prefix)
+            first_row = 0
+            for inner in fusion.inner:
+                key = f"{inner}.{parameter}"
+                if key not in shapes:
+                    continue
+                transform = _part_of(fusion, first_row, first_row + shapes[key][0])
+                sources[key] = (published, transform) if transform else published
+                first_row += shapes[key][0]
+    return sources
+
+
+def published_state_dict(table: Sequence[Row], module: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under their published names; the inverse of loading.
+
+    Raises:
+        ValueError: a tensor of the model is in no row of the table.
+    """
+    state = module.state_dict()
+    published: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for fusion in fusions(table, module):
+        for parameter in ("weight", "bias"):
+            keys = [f"{inner}.{parameter}" for inner in fusion.inner]
+            if keys[0] not in state:
+                continue
+            tensor = torch.cat([state[key] for key in keys]) if len(keys) > 1 else state[keys[0]]
+            tensor = _swap_halves(tensor) if fusion.row.halves_swapped else tensor
+            published[_published_key(fusion, parameter)] = tensor
+            used.update(keys)
+    if left := state.keys() - used:
+        raise ValueError(f"no published name for {sorted(left)[:3]}")
+    return published
+
+
+def _published_key(fusion: Fusion, parameter: str, prefix: str = "") -> str:
+    name = fusion.row.weight_name if parameter == "weight" else parameter
+    return f"{prefix}{fusion.published}.{name}"
+
+
+def _part_of(fusion: Fusion, first_row: int, end_row: int) -> Callable[[Tensor], Tensor] | None:
+    if fusion.row.halves_swapped:
+        return _swap_halves
+    return partial(_rows, first=first_row, end=end_row) if len(fusion.inner) > 1 else None
+
+
+def _rows(tensor: Tensor, *, first: int, end: int) -> Tensor:
+    return tensor[first:end]
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])

@@ -1,0 +1,60 @@
+"""Stopping a job by SIGINT or SIGTERM without losing work.
+
+A signal ends the job at once by raising `Stopped` wherever the job is, because loading a model or
+one step of a large one can take minutes. Where half-done work would be wrong (an optimizer step,
+a file being written) the job shields itself and is stopped right after.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(Exception):
+    """The job was asked to stop; what it had computed is saved."""
+
+
+class StopSignals:
+    """Context manager that owns SIGINT and SIGTERM while a job runs in the main thread.
+
+    In other threads Python delivers no signals, and the context does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._shields = 0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let this block finish before a signal takes effect."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+        self._stop_if_requested()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            return  # already stopping; saving must not be interrupted by impatience
+        self.requested = True
+        self._stop_if_requested()
+
+    def _stop_if_requested(self) -> None:
+        if self.requested and not self._shields:
+            raise Stopped("stopped by a signal")

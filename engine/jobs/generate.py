@@ -26,6 +26,7 @@ from ..config import Config, GenerateConfig
 from ..errors import ConfigError, DataError
 from ..events import Finished, Progress, Reporter, Saved
 from ..signals import StopSignals
+from .cache import load_text_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -134,16 +135,7 @@ def _text_conditions(
     config: Config, architecture: Architecture, prompts: Sequence[str], device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Conditions [1, ...] of each prompt; the encoders are gone afterwards."""
-    model = config.model
-    assert model.text_encoder1 is not None and model.text_encoder2 is not None
-    encoders = architecture.load_text_encoders(
-        model.text_encoder1,
-        model.text_encoder2,
-        model.tokenizer1,
-        model.tokenizer2,
-        dtype=hardware.stored_or(model.text_encoder_dtype),
-        device=device,
-    )
+    encoders = load_text_encoders(config, architecture, device)
     encoded = architecture.encode_text(encoders, list(prompts), config.dataset.text_max_length)
     return [{name: tensor[None] for name, tensor in item.items()} for item in encoded]
 

@@ -1,0 +1,124 @@
+"""``python -m engine <job>``: the only place that turns errors into exit codes.
+
+0 done, 1 something cannot be used (one sentence on standard error), 2 wrong settings, 3 stopped
+by a signal after saving, 130 stopped by a signal where there was nothing to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import Config
+from .config_file import load_config, to_toml
+from .console import ConsoleReporter, json_lines
+from .errors import ConfigError, EngineError
+from .events import Reporter
+from .options import add_options, given_words, reference
+from .signals import Stopped
+
+_JOBS = {
+    "cache": "encode the training images and captions",
+    "train": "train a LoRA",
+    "generate": "draw pictures from prompts",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one job; gives the exit code."""
+    parsed, unknown = _parser().parse_known_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return _run(parsed, unknown)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return 3
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+
+
+def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
+    if unknown and parsed.job not in _JOBS:
+        raise ConfigError(f"{parsed.job} does not take {' '.join(unknown)}")
+    if parsed.job == "options":
+        sys.stdout.write(reference())
+        return 0
+    report = json_lines(sys.stdout) if parsed.events == "json" else ConsoleReporter()
+    if parsed.job == "demo":
+        from .demo import job
+
+        job.run(parsed.output, report, steps=parsed.steps)
+        return 0
+    config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
+    if parsed.print_config:
+        sys.stdout.write(to_toml(config))
+        return 0
+    _run_job(parsed.job, config, report)
+    return 0
+
+
+def _run_job(job: str, config: Config, report: Reporter) -> None:
+    # Only the job that runs is imported, because each brings heavy libraries.
+    if job == "cache":
+        from .jobs import cache
+
+        cache.run(config, report)
+    elif job == "train":
+        from .jobs import train
+
+        train.run(config, report)
+    else:
+        from .jobs import generate
+
+        generate.run(config, report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine", allow_abbrev=False)
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="job")
+    for job, help_text in _JOBS.items():
+        command = jobs.add_parser(
+            job, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False
+        )
+        command.add_argument(
+            "--config_file", type=Path, help="TOML file with settings; .toml may be left out"
+        )
+        command.add_argument(
+            "--print_config", action="store_true", help="print the settings as TOML and exit"
+        )
+        _add_events(command)
+        add_options(command)
+    demo = jobs.add_parser(
+        "demo",
+        help="train on the embedded tiny model and draw before and after",
+        allow_abbrev=False,
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results")
+    demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the training")
+    _add_events(demo)
+    jobs.add_parser("options", help="print the reference of all settings (docs/options.md)")
+    return parser
+
+
+def _add_events(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--events",
+        choices=("console", "json"),
+        default="console",
+        help="json: one JSON line per event on standard output instead of a progress bar",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Settings from a TOML file and the command line -> `Config`, and back to TOML.
+
+The command line wins over the file, the file over defaults. Tables in the file only group keys:
+all are flattened. Everything that is wrong is reported together, before anything else starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from .config import FIELDS, GROUP_OF, GROUPS, Config
+from .errors import ConfigError
+from .options_not_yet import NOT_YET
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value as it was given: where, for messages, and what."""
+
+    where: str
+    value: Any
+
+
+def load_config(
+    path: Path | None, command_line: Mapping[str, Sequence[str]], environ: Mapping[str, str]
+) -> Config:
+    """The settings of a file, overridden by the command line.
+
+    Args:
+        path: the TOML file; ``.toml`` may be left out.
+        command_line: setting -> its words, as the shell gave them.
+        environ: the mixed precision that ``accelerate launch`` was told is taken from here when
+            neither file nor command line say one.
+
+    Raises:
+        ConfigError: lists every problem of both, one line each.
+    """
+    problems: list[str] = []
+    given = _flatten(*_read(path), problems) if path else {}
+    for name, words in command_line.items():
+        value = _from_words(FIELDS[name], words) if name in FIELDS else " ".join(words)
+        given[name] = Given("command line", value)
+    launched = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and "mixed_precision" not in given:
+        given["mixed_precision"] = Given("accelerate launch", launched)
+    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    for name, item in given.items():
+        if name in FIELDS:
+            groups[GROUP_OF[name]][name] = item.value
+        else:
+            problems.append(_unknown(name, item))
+    built: dict[str, Any] = {}
+    for key, group in GROUPS.items():
+        try:
+            built[key] = group(**groups[key])
+        except ValidationError as error:
+            wrong = {str(detail["loc"][0]): detail for detail in reversed(error.errors())}
+            problems += [
+                _problem(name, given[name], wrong[name]) for name in groups[key] if name in wrong
+            ]
+    multipliers, loras = (groups["generate"].get(k, ()) for k in ("lora_multiplier", "lora_weight"))
+    if not problems and len(multipliers) > len(loras):
+        item = given["lora_multiplier"]
+        problems.append(
+            f"{item.where}: lora_multiplier has {len(multipliers)} values for {len(loras)} LoRA "
+            "files; give at most one for each"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Config(**built)
+
+
+def to_toml(config: Config) -> str:
+    """The complete settings as TOML with their help; reading it gives an equal `Config`."""
+    lines: list[str] = []
+    for key, group in GROUPS.items():
+        lines += [f"# {group.__doc__}", f"[{key}]"]
+        for name, field in group.model_fields.items():
+            value = config.value(name)
+            lines.append(f"# {field.description}")
+            lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def base_types(annotation: Any) -> set[Any]:
+    """The plain types and ``Literal`` members an annotation is made of."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return base_types(get_args(annotation)[0])
+    if origin is Literal:
+        return {annotation}
+    if origin in (Union, types.UnionType, list, tuple):
+        found = {origin} if origin in (list, tuple) else set()
+        return found.union(*(base_types(part) for part in get_args(annotation)))
+    return {annotation}
+
+
+def expected(field: FieldInfo) -> str:
+    """What a setting may be, in words."""
+    kinds = base_types(field.annotation)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return f"one of {', '.join(sorted(choices))}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if tuple in kinds:
+        return "[width, height] or one whole number, each from 16 to 8192"
+    single = " or ".join(
+        word for kind, word in {**names, Path: "a path"}.items() if kind in kinds
+    ).replace("a whole number or a number", "a whole number or a share")
+    limits = {type(item).__name__.lower(): item for item in field.metadata}
+    low = next((f"{k} {_number(limits[n])}" for n, k in _LOW.items() if n in limits), "")
+    high = f"up to {_number(limits['le'])}" if "le" in limits else ""
+    bounds = " ".join(part for part in (low, high) if part)
+    words = f"{single} {bounds}".strip()
+    return f"a list, each {words}" if list in kinds else words
+
+
+_LOW = {"ge": "from", "gt": "above"}
+
+
+def _number(limit: Any) -> str:
+    value = next(iter(vars(limit).values())) if hasattr(limit, "__dict__") else None
+    value = getattr(limit, type(limit).__name__.lower(), value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    if not path.exists() and path.suffix != ".toml":
+        path = path.with_name(f"{path.name}.toml")
+    try:
+        return path, _parse(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file; check --config_file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this is not UTF-8 text; save it as UTF-8") from None
+    # Besides ValueError, the toml package raises all of these for text that is not TOML.
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Python's own parser where there is one; the toml package misreads some strings."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    import toml
+
+    return toml.loads(text)
+
+
+def _flatten(
+    path: Path, document: Mapping[str, Any], problems: list[str], section: str = ""
+) -> dict[str, Given]:
+    where = f"{path} [{section}]" if section else str(path)
+    given: dict[str, Given] = {}
+    for key, value in document.items():
+        if not isinstance(value, Mapping):
+            given[key] = Given(where, value)
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            inner = f"{section}.{key}" if section else key
+            for name, item in _flatten(path, value, problems, inner).items():
+                if name in given:
+                    problems.append(
+                        f"{item.where}: {name} is also set in {given[name].where}; keep one of them"
+                    )
+                given[name] = item
+    return given
+
+
+def _from_words(field: FieldInfo, words: Sequence[str]) -> Any:
+    """Words of the shell as the value they mean; what does not fit is left for validation."""
+    kinds = base_types(field.annotation)
+    values = [_from_word(kinds, word) for word in words]
+    if list in kinds:
+        return values
+    if tuple in kinds:
+        return values if len(values) > 1 else values[0]
+    return values[0] if len(values) == 1 else True if not values and bool in kinds else values
+
+
+def _from_word(kinds: set[Any], word: str) -> Any:
+    if bool in kinds and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(word)
+            except ValueError:
+                continue
+    return word
+
+
+def _unknown(name: str, item: Given) -> str:
+    start = f"{item.where}: {name} = {_shown(item.value)}:"
+    if name in NOT_YET:
+        return f"{start} this option is not supported by this version; remove it"
+    near = get_close_matches(name, list(FIELDS), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "see docs/options.md for all settings"
+    return f"{start} unknown setting; {hint}"
+
+
+def _problem(name: str, item: Given, detail: Any) -> str:
+    reason = f"expected {expected(FIELDS[name])}"
+    if detail["type"] == "value_error":
+        reason = f"expected {detail['ctx']['error']}"
+    elif detail["type"] == "literal_error" and isinstance(item.value, str):
+        choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        if near := get_close_matches(item.value, choices, n=1):
+            reason += f"; did you mean {near[0]!r}?"
+    return f"{item.where}: {name} = {_shown(item.value)}: {reason}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml_value(part) for part in value)}]"
+    return _toml_string(str(value))
+
+
+def _toml_string(text: str) -> str:
+    """A basic string. Both parsers read it back, which not every valid way of writing is."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    parts = [
+        escapes.get(
+            letter, f"\\u{ord(letter):04x}" if ord(letter) < 32 or ord(letter) == 127 else letter
+        )
+        for letter in text
+    ]
+    return f'"{"".join(parts)}"'

@@ -1,0 +1,167 @@
+"""Cached images -> batches, in an order that is a function of seed and epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from . import seeds
+from .errors import DataError, EngineError
+from .weights import open_checkpoint
+
+Batch = dict[str, Tensor]
+# (index of the batch in the run, items in it)
+Planned = tuple[int, tuple[int, ...]]
+_KEEP_IN_MEMORY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One image in the cache; items with the same ``shapes`` fit into one batch.
+
+    ``content`` identifies what the files hold.
+    """
+
+    latents: Path
+    text: Path
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    num_bytes: int
+    content: str
+    repeats: int = 1
+
+
+def read_item(latents: Path, text: Path, content: str, *, repeats: int) -> CachedItem:
+    """Describe one image's cache files from their headers."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    num_bytes = 0
+    for path in (latents, text):
+        checkpoint = open_checkpoint(path)
+        shapes += [(name, entry.shape) for name, entry in checkpoint.entries.items()]
+        num_bytes += sum(entry.num_bytes for entry in checkpoint.entries.values())
+    return CachedItem(latents, text, tuple(sorted(shapes)), num_bytes, content, repeats)
+
+
+def data_identity(items: Sequence[CachedItem]) -> str:
+    """A fingerprint of what is trained on."""
+    text = json.dumps([(item.latents.name, item.content, item.repeats) for item in items])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def epoch_batches(
+    items: Sequence[CachedItem], *, batch_size: int, seed: int, epoch: int
+) -> list[tuple[int, ...]]:
+    """The batches of one epoch as indices into ``items``.
+
+    Every item comes as often as it repeats; a batch holds items of one shape; the last batch of
+    a shape may be short; items and batches are shuffled anew in each epoch.
+    """
+    generator = seeds.generator(seed, "epoch", epoch)
+    by_shape: dict[object, list[int]] = {}
+    for index, item in enumerate(items):
+        by_shape.setdefault(item.shapes, []).extend([index] * item.repeats)
+    batches: list[tuple[int, ...]] = []
+    for indices in by_shape.values():
+        order = torch.randperm(len(indices), generator=generator).tolist()
+        shuffled = [indices[position] for position in order]
+        batches += [
+            tuple(shuffled[start : start + batch_size])
+            for start in range(0, len(shuffled), batch_size)
+        ]
+    return [batches[position] for position in torch.randperm(len(batches), generator=generator)]
+
+
+class BatchReader:
+    """Reads planned batches one ahead of their use, in a background thread.
+
+    Tensors are kept in memory when all items together are smaller than ``keep_bytes``.
+    Use as a context manager and iterate: gives (index, batch) with "latents" [B, C, T, H, W].
+    """
+
+    def __init__(
+        self,
+        items: Sequence[CachedItem],
+        plan: Iterator[Planned],
+        *,
+        pin_memory: bool = False,
+        keep_bytes: int = _KEEP_IN_MEMORY_BYTES,
+    ) -> None:
+        self._items = items
+        self._plan = plan
+        self._pin_memory = pin_memory
+        self._keep = sum(item.num_bytes for item in items) <= keep_bytes
+        self._kept: dict[int, Batch] = {}
+        self._ready: queue.Queue[tuple[int, Batch] | EngineError | None] = queue.Queue(maxsize=1)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="batch reader", daemon=True)
+
+    def __enter__(self) -> BatchReader:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        result = self._ready.get()
+        if result is None:
+            raise StopIteration
+        if isinstance(result, EngineError):
+            raise result
+        return result
+
+    def _work(self) -> None:
+        result: tuple[int, Batch] | EngineError | None
+        try:
+            for index, chosen in self._plan:
+                if self._closing.is_set():
+                    return
+                self._ready.put((index, self._batch(chosen)))
+            result = None
+        except EngineError as error:
+            result = error
+        except OSError as error:
+            result = DataError(f"{error.filename}: the cache cannot be read: {error.strerror}")
+        if not self._closing.is_set():
+            self._ready.put(result)
+
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        tensors = [self._item(index) for index in chosen]
+        batch = {name: torch.stack([item[name] for item in tensors]) for name in tensors[0]}
+        return (
+            {name: value.pin_memory() for name, value in batch.items()}
+            if self._pin_memory
+            else batch
+        )
+
+    def _item(self, index: int) -> Batch:
+        if index in self._kept:
+            return self._kept[index]
+        tensors: Batch = {}
+        for path in (self._items[index].latents, self._items[index].text):
+            checkpoint = open_checkpoint(path)
+            tensors |= {name: checkpoint.read(name) for name in checkpoint.entries}
+        if self._keep:
+            self._kept[index] = tensors
+        return tensors

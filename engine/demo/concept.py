@@ -1,0 +1,123 @@
+"""What the demo teaches: loomlings, round creatures with big eyes, which the base cannot draw.
+
+The pictures have the size, colours and places that the base model knows; the creature and its
+name are new to it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from .pictures import (
+    BACKGROUNDS,
+    COLOURS,
+    RGB,
+    Point,
+    canvas,
+    draw_shape,
+    place,
+    reduced,
+    scaled,
+    vary,
+)
+
+EYE_WHITE: RGB = (250, 250, 250)
+PUPIL: RGB = (24, 22, 34)
+# In units of the creature's radius, from its middle.
+EYES: tuple[Point, Point] = ((-0.36, -0.06), (0.36, -0.06))
+EYE_RADIUS = 0.3
+PUPIL_RADIUS = 0.17
+_STALK: list[Point] = [(0.0, -0.5), (0.12, -0.85)]
+_BODY: tuple[tuple[str, Point, float], ...] = (
+    ("circle", (0.0, 0.12), 0.8),
+    ("circle", (0.14, -0.86), 0.16),
+    ("circle", (-0.45, 0.8), 0.2),
+    ("circle", (0.45, 0.8), 0.2),
+)
+
+
+@dataclass(frozen=True)
+class Loomling:
+    """One creature; the fields are words of `pictures`."""
+
+    colour: str
+    background: str
+    size: str
+    position: str
+
+    @property
+    def caption(self) -> str:
+        """The words that go with the picture."""
+        return (
+            f"a {self.size} {self.colour} loomling in the {self.position} "
+            f"on a {self.background} background"
+        )
+
+    def draw(self, jitter: random.Random | None = None) -> Image.Image:
+        """The picture, 64x64 pixels; without ``jitter`` it is the ideal one."""
+        centre, radius = place(self.size, self.position, jitter)
+        colour = vary(COLOURS[self.colour], jitter)
+        image = canvas(vary(BACKGROUNDS[self.background], jitter))
+        draw = ImageDraw.Draw(image)
+        draw.line(scaled(_STALK, centre, radius), fill=colour, width=round(0.4 * radius))
+        for part, (x, y), size in _BODY:
+            middle = (centre[0] + x * radius, centre[1] + y * radius)
+            draw_shape(image, part, middle, size * radius, colour, hole=colour)
+        for x, y in EYES:
+            eye = (centre[0] + x * radius, centre[1] + y * radius)
+            draw_shape(image, "circle", eye, EYE_RADIUS * radius, EYE_WHITE, hole=colour)
+            draw_shape(image, "circle", eye, PUPIL_RADIUS * radius, PUPIL, hole=colour)
+        left_top, right_bottom = scaled([(-0.3, 0.2), (0.3, 0.62)], centre, radius)
+        width = round(0.36 * radius)
+        draw.arc([left_top, right_bottom], 20, 160, fill=PUPIL, width=width)
+        return reduced(image)
+
+    def eye_places(self) -> list[tuple[Point, float]]:
+        """Centre and radius in pixels of both eyes in the ideal picture."""
+        (x, y), radius = place(self.size, self.position, None)
+        return [((x + a * radius, y + b * radius), EYE_RADIUS * radius) for a, b in EYES]
+
+
+TRAIN: tuple[Loomling, ...] = (
+    Loomling("red", "gray", "large", "center"),
+    Loomling("blue", "cream", "large", "left"),
+    Loomling("green", "lavender", "large", "right"),
+    Loomling("purple", "mint", "large", "top"),
+    Loomling("orange", "navy", "large", "bottom"),
+    Loomling("yellow", "teal", "large", "top right"),
+    Loomling("pink", "black", "large", "bottom left"),
+    Loomling("blue", "mint", "large", "top left"),
+    Loomling("green", "cream", "large", "bottom right"),
+    Loomling("purple", "black", "medium", "center"),
+    Loomling("red", "mint", "medium", "top right"),
+    Loomling("orange", "teal", "medium", "left"),
+    Loomling("pink", "navy", "medium", "right"),
+    Loomling("yellow", "brown", "medium", "bottom"),
+    Loomling("blue", "gray", "medium", "bottom left"),
+    Loomling("green", "black", "medium", "top"),
+)
+# None of these pairs of colour and background, nor of colour and place, is in the training set.
+HELD_OUT: tuple[Loomling, ...] = (
+    Loomling("red", "cream", "large", "bottom"),
+    Loomling("purple", "gray", "large", "left"),
+    Loomling("yellow", "navy", "large", "center"),
+    Loomling("pink", "teal", "medium", "top left"),
+)
+
+
+def write_dataset(folder: Path) -> None:
+    """Write ``train`` and ``held_out`` with a PNG and a caption file per picture.
+
+    Training pictures are jittered as the base model's are, held-out ones are ideal.
+    """
+    jitter = random.Random(0)
+    for name, creatures, chance in (("train", TRAIN, jitter), ("held_out", HELD_OUT, None)):
+        (folder / name).mkdir(parents=True)
+        for number, creature in enumerate(creatures, start=1):
+            stem = folder / name / f"loomling_{number:02d}"
+            creature.draw(chance).save(stem.with_suffix(".png"), optimize=True)
+            stem.with_suffix(".txt").write_bytes(f"{creature.caption}\n".encode())

@@ -1,0 +1,272 @@
+"""Encode a folder of images and captions once, and only what changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import buckets, hardware, latent_cache, media, weights
+from ..architectures import find_architecture
+from ..architectures.base import Architecture
+from ..config import Config
+from ..dataset import CachedItem, read_item
+from ..errors import ConfigError, DataError
+from ..events import Finished, Message, Progress, Reporter
+from ..manifest import Sample, scan_folder
+from ..signals import StopSignals
+
+_DECODE_AHEAD = 8
+_TEXT_BATCH = 8
+Facts = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample, the size it is trained at, its cache files and what they must be made from."""
+
+    sample: Sample
+    size: tuple[int, int]
+    latents: Path
+    text: Path
+    latent_facts: Facts
+    text_facts: Facts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All entries, and those whose latents or text have to be encoded."""
+
+    entries: list[Entry]
+    stale_latents: list[Entry]
+    stale_text: list[Entry]
+
+
+def run(config: Config, report: Reporter) -> None:
+    """Bring the cache up to date.
+
+    Raises:
+        EngineError: a setting, image or model file cannot be used.
+        Stopped: a signal ended the job; what was encoded stays.
+    """
+    config.require("image_directory", "vae", "text_encoder1", "text_encoder2")
+    with StopSignals():
+        architecture = find_architecture(config.model.architecture, config.model.dit)
+        _update(config, architecture, plan(config, architecture), report)
+    report(Finished("cache"))
+
+
+def cached_items(config: Config, architecture: Architecture, report: Reporter) -> list[CachedItem]:
+    """The training data; what is missing is encoded if the encoders are configured.
+
+    Raises:
+        ConfigError: something is missing and the encoders are not configured.
+    """
+    todo = plan(config, architecture)
+    encoders = {"vae": bool(todo.stale_latents)}
+    encoders |= dict.fromkeys(("text_encoder1", "text_encoder2"), bool(todo.stale_text))
+    absent = [name for name, needed in encoders.items() if needed and config.value(name) is None]
+    if absent:
+        raise ConfigError(
+            f"{len(todo.stale_latents)} of {len(todo.entries)} images and {len(todo.stale_text)} "
+            f"captions are not in the cache; give {', '.join(absent)} so that they can be encoded, "
+            "or run the cache job first"
+        )
+    if todo.stale_latents or todo.stale_text:
+        _update(config, architecture, todo, report)
+    return [_item(config, entry) for entry in todo.entries]
+
+
+def plan(config: Config, architecture: Architecture) -> Plan:
+    """Compare the folder with the cache.
+
+    An encoder that is not configured is taken to be the one that made the cache.
+    """
+    dataset = config.dataset
+    assert dataset.image_directory is not None
+    samples = scan_folder(
+        dataset.image_directory,
+        caption_extension=dataset.caption_extension,
+        control_directory=dataset.control_directory,
+    )
+    cache = dataset.cache_directory or dataset.image_directory / ".loom_cache"
+    choose_size = _size_chooser(config, architecture)
+    latent_base, text_base = _encoder_facts(config)
+    entries: list[Entry] = []
+    for sample in samples:
+        size = choose_size(sample)
+        latents, text = latent_cache.cache_paths(cache, sample.image, architecture.name)
+        latent_facts: Facts = {
+            "image": sample.image.name,
+            "image_digest": latent_cache.file_digest(sample.image),
+            "control_digests": [latent_cache.file_digest(path) for path in sample.controls],
+            "size": list(size),
+            "architecture": architecture.name,
+            **latent_base,
+        }
+        text_facts: Facts = {
+            "image": sample.image.name,
+            "caption": sample.caption,
+            "max_length": dataset.text_max_length,
+            "architecture": architecture.name,
+            **text_base,
+        }
+        entries.append(Entry(sample, size, latents, text, latent_facts, text_facts))
+    return Plan(
+        entries,
+        [entry for entry in entries if not _is_current(entry.latents, entry.latent_facts)],
+        [entry for entry in entries if not _is_current(entry.text, entry.text_facts)],
+    )
+
+
+def _is_current(path: Path, facts: Facts) -> bool:
+    stored = latent_cache.read_facts(path)
+    return stored is not None and all(
+        value is None or stored.get(name) == value for name, value in facts.items()
+    )
+
+
+def _encoder_facts(config: Config) -> tuple[Facts, Facts]:
+    """Identities of the encoders; None for those that are not configured."""
+    model = config.model
+
+    def identity(path: Path | None) -> str | None:
+        return weights.fingerprint(path) if path else None
+
+    latent = {"vae": identity(model.vae), "vae_dtype": model.vae_dtype if model.vae else None}
+    has_text = model.text_encoder1 is not None
+    text = {
+        "text_encoder1": identity(model.text_encoder1),
+        "text_encoder2": identity(model.text_encoder2),
+        "tokenizer1": identity(model.tokenizer1),
+        "tokenizer2": identity(model.tokenizer2),
+        "text_encoder_dtype": model.text_encoder_dtype if has_text else None,
+    }
+    return dict(latent), dict(text)
+
+
+def _size_chooser(
+    config: Config, architecture: Architecture
+) -> Callable[[Sample], tuple[int, int]]:
+    dataset, step = config.dataset, architecture.pixel_multiple
+    resolution = dataset.resolution
+    fixed = buckets.own_size(resolution, step=step)
+    if not dataset.enable_bucket and fixed != tuple(resolution):
+        raise ConfigError(
+            f"resolution = {list(resolution)}: without enable_bucket both sides must be multiples "
+            f"of {step}; use {list(fixed)}"
+        )
+    sizes = buckets.bucket_sizes(resolution, step=step)
+    area = resolution[0] * resolution[1]
+
+    def choose(sample: Sample) -> tuple[int, int]:
+        if not dataset.enable_bucket:
+            return fixed
+        if dataset.bucket_no_upscale and sample.size[0] * sample.size[1] <= area:
+            if min(sample.size) < step:
+                raise DataError(
+                    f"{sample.image}: the image is {sample.size[0]}x{sample.size[1]} pixels, less "
+                    f"than {step} on a side; remove it or turn bucket_no_upscale off"
+                )
+            return buckets.own_size(sample.size, step=step)
+        return buckets.nearest_bucket(sample.size, sizes)
+
+    return choose
+
+
+def _update(config: Config, architecture: Architecture, todo: Plan, report: Reporter) -> None:
+    device = hardware.find_device(config.runtime.device)
+    if todo.stale_latents:
+        _encode_latents(config, architecture, todo.stale_latents, device, report)
+    if todo.stale_text:
+        _encode_text(config, architecture, todo.stale_text, device, report)
+    total = len(todo.entries)
+    report(
+        Message(
+            f"encoded {len(todo.stale_latents)} of {total} images and {len(todo.stale_text)} of "
+            f"{total} captions; the rest was current"
+        )
+    )
+
+
+def _encode_latents(
+    config: Config,
+    architecture: Architecture,
+    entries: Sequence[Entry],
+    device: torch.device,
+    report: Reporter,
+) -> None:
+    assert config.model.vae is not None
+    dtype = hardware.stored_or(config.model.vae_dtype)
+    autoencoder = architecture.load_autoencoder(config.model.vae, dtype=dtype, device=device)
+    for done, (entry, pictures) in enumerate(_pictures(entries), start=1):
+        encoded = [autoencoder.encode(picture[None].to(device))[0] for picture in pictures]
+        tensors: dict[str, Tensor] = {"latents": encoded[0]}
+        tensors |= {f"control_latents_{index}": value for index, value in enumerate(encoded[1:])}
+        latent_cache.write_cache(entry.latents, tensors, entry.latent_facts)
+        report(Progress("cache images", done, len(entries), unit="image"))
+
+
+def _pictures(entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[Tensor]]]:
+    """Each entry with its image and control images [3, H, W], decoded a few ahead."""
+    waiting: list[tuple[Entry, Future[list[Tensor]]]] = []
+    with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
+        try:
+            for entry in entries:
+                waiting.append((entry, pool.submit(_load, entry)))
+                if len(waiting) > _DECODE_AHEAD:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _load(entry: Entry) -> list[Tensor]:
+    return [
+        media.to_tensor(media.resize_to_bucket(media.load_image(path), entry.size))
+        for path in (entry.sample.image, *entry.sample.controls)
+    ]
+
+
+def _encode_text(
+    config: Config,
+    architecture: Architecture,
+    entries: Sequence[Entry],
+    device: torch.device,
+    report: Reporter,
+) -> None:
+    encoders = load_text_encoders(config, architecture, device)
+    for start in range(0, len(entries), _TEXT_BATCH):
+        chosen = entries[start : start + _TEXT_BATCH]
+        captions = [entry.sample.caption for entry in chosen]
+        encoded = architecture.encode_text(encoders, captions, config.dataset.text_max_length)
+        for entry, tensors in zip(chosen, encoded, strict=True):
+            latent_cache.write_cache(entry.text, tensors, entry.text_facts)
+        report(Progress("cache captions", start + len(chosen), len(entries), unit="caption"))
+
+
+def load_text_encoders(config: Config, architecture: Architecture, device: torch.device) -> Any:
+    """The configured text encoders."""
+    model = config.model
+    assert model.text_encoder1 is not None and model.text_encoder2 is not None
+    return architecture.load_text_encoders(
+        model.text_encoder1,
+        model.text_encoder2,
+        model.tokenizer1,
+        model.tokenizer2,
+        dtype=hardware.stored_or(model.text_encoder_dtype),
+        device=device,
+    )
+
+
+def _item(config: Config, entry: Entry) -> CachedItem:
+    facts = [latent_cache.read_facts(path) for path in (entry.latents, entry.text)]
+    content = latent_cache.facts_digest({"latents": facts[0], "text": facts[1]})
+    return read_item(entry.latents, entry.text, content, repeats=config.dataset.num_repeats)

@@ -1,0 +1,96 @@
+"""A folder of images and captions -> a list of samples, with everything that is wrong in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+from .media import IMAGE_EXTENSIONS, image_size
+
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image; ``size`` is its width and height in pixels as shown."""
+
+    image: Path
+    caption: str
+    size: tuple[int, int]
+    controls: tuple[Path, ...] = ()
+
+
+def scan_folder(
+    folder: Path, *, caption_extension: str = ".txt", control_directory: Path | None = None
+) -> list[Sample]:
+    """All images directly in ``folder``, sorted by name, with captions and control images.
+
+    A control image has the image's stem, or stem and number (``cat_0.png``, ``cat_1.png``).
+
+    Raises:
+        DataError: the folder is missing or empty, or images cannot be used; all are named.
+    """
+    images = _images(folder, "image_directory")
+    controls = _images(control_directory, "control_directory") if control_directory else None
+    samples: list[Sample] = []
+    problems: list[str] = []
+    for image in images:
+        try:
+            caption = _caption(image, caption_extension)
+            found = _controls(image, controls) if controls is not None else ()
+            for control in found:
+                image_size(control)
+            samples.append(Sample(image, caption, image_size(image), found))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:_MAX_LISTED])
+        more = len(problems) - _MAX_LISTED
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise DataError(
+            f"{folder}: {len(problems)} of {len(images)} images cannot be used\n{shown}{rest}"
+        )
+    return samples
+
+
+def _images(folder: Path, setting: str) -> list[Path]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{setting} = {folder}: the folder {what}; give a folder of images")
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
+    if not images:
+        kinds = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise DataError(f"{setting} = {folder}: there is no image in the folder ({kinds})")
+    return images
+
+
+def _caption(image: Path, extension: str) -> str:
+    path = image.with_suffix(extension)
+    try:
+        caption = path.read_text("utf-8-sig").strip()
+    except FileNotFoundError:
+        raise DataError(f"{image.name}: the caption {path.name} is missing; write one") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name}: the caption is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path.name}: the caption cannot be read: {error.strerror}") from None
+    if not caption:
+        raise DataError(f"{path.name}: the caption is empty; describe the image")
+    return caption
+
+
+def _controls(image: Path, controls: Sequence[Path]) -> tuple[Path, ...]:
+    pattern = re.compile(re.escape(image.stem) + r"(?:_(\d+))?")
+    found = [(match, path) for path in controls if (match := pattern.fullmatch(path.stem))]
+    if not found:
+        raise DataError(f"{image.name}: there is no control image of that name; add one")
+    return tuple(path for match, path in sorted(found, key=lambda item: int(item[0][1] or -1)))

@@ -1,0 +1,79 @@
+"""Image files -> pixels, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import DataError
+
+IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+
+
+def load_image(path: Path) -> Image.Image:
+    """The picture as RGB, turned as its camera says; transparent parts become white.
+
+    Raises:
+        DataError: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: this is not an image that can be read; remove it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: the image is damaged ({error}); replace it") from None
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow would cut 16-bit values off at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as shown, from the header alone.
+
+    Raises:
+        DataError: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations with swapped sides
+            return (image.height, image.width) if turned else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise DataError(f"{path}: this is not an image that can be read; remove it") from None
+
+
+def resize_to_bucket(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale to cover ``size`` and cut the middle out; an image of that size stays untouched.
+
+    Lanczos, which is antialiased when reducing too.
+    """
+    if image.size == size:
+        return image
+    scale = max(size[0] / image.width, size[1] / image.height)
+    width, height = (
+        max(side, int(length * scale + 0.5)) for side, length in zip(size, image.size, strict=True)
+    )
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return resized.crop((left, top, left + size[0], top + size[1]))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Pixels [3, H, W] in [-1, 1]."""
+    pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels_HWC.permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def to_image(pixels_CHW: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`; values are clamped and rounded."""
+    pixels = pixels_CHW.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
+    return Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())

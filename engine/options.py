@@ -1,0 +1,90 @@
+"""The settings as command-line options and as the reference in docs/options.md."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import FIELDS, GROUPS
+from .config_file import base_types, expected
+
+_INTRODUCTION = """# Options
+
+Every setting can stand in a TOML file (`--config_file run.toml`) or on the command line
+(`--name value`); the command line wins. Section names in the file do not matter. Lists are written
+`["a", "b"]` in the file and `--name a b` on the command line, where they replace the file's list.
+`true` settings are turned off with `--no-name`.
+
+`python -m engine <job> ... --print_config` prints the complete settings of a run as a TOML file.
+This page is made by `python -m engine options`.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option per setting, grouped by subject; values are taken as the words they are."""
+    for group in GROUPS.values():
+        section = parser.add_argument_group(group.__doc__)
+        for name, field in group.model_fields.items():
+            kinds = base_types(field.annotation)
+            help_text = f"{field.description} [{_default(field.default)}]".replace("%", "%%")
+            settings: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
+            if bool in kinds:
+                section.add_argument(
+                    f"--{name}", nargs="?", const="true", metavar="true|false", **settings
+                )
+                section.add_argument(
+                    f"--no-{name}",
+                    dest=name,
+                    action="store_const",
+                    const="false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
+            elif list in kinds:
+                section.add_argument(f"--{name}", nargs="*", metavar="VALUE", **settings)
+            elif tuple in kinds:
+                section.add_argument(f"--{name}", nargs="+", metavar="N", **settings)
+            else:
+                section.add_argument(f"--{name}", metavar="VALUE", **settings)
+
+
+def given_words(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, list[str]]:
+    """The settings that the command line named, with their words; also those nobody knows."""
+    words = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in vars(arguments).items()
+        if name in FIELDS
+    }
+    name = ""
+    for word in unknown:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            words[name] = [value] if equals else []
+        else:
+            words.setdefault(name, []).append(word)
+    return words
+
+
+def reference() -> str:
+    """docs/options.md."""
+    lines = [_INTRODUCTION]
+    for group in GROUPS.values():
+        lines += [f"## {group.__doc__}", "", "| Option | Value | Default | |", "|---|---|---|---|"]
+        for name, field in group.model_fields.items():
+            value = expected(field).replace("|", "\\|")
+            description = (field.description or "").replace("|", "\\|")
+            lines.append(f"| `{name}` | {value} | {_default(field.default)} | {description} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _default(value: Any) -> str:
+    if value is None or value == []:
+        return "unset"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return " ".join(str(part) for part in value)
+    return value.as_posix() if isinstance(value, Path) else f"{value}"

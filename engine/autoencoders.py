@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class ImageAutoencoder:
     random part.
     """
 
-    module: nn.Module
+    module: Any  # an AutoencoderKL or AutoencoderTiny
     latent_channels: int
     downsampling: int
     scale: float
@@ -109,7 +110,7 @@ def load_autoencoder(
     path = path / "vae" if (path / "vae").is_dir() else path
     checkpoint = _open(path)
     keys = checkpoint.entries
-    module: nn.Module
+    module: Any
     ignore: list[str] = []
     if any(key.startswith(("taesd_encoder.", "encoder.layers.")) for key in keys):
         module, key_map = _tiny(checkpoint, path)
@@ -207,8 +208,8 @@ def _block_runs(checkpoint: Checkpoint, prefix: str) -> tuple[int, ...]:
     )
 
 
-def _tiny_facts(module: nn.Module) -> tuple[int, int]:
-    config = module.config  # pyright: ignore[reportAttributeAccessIssue]
+def _tiny_facts(module: Any) -> tuple[int, int]:
+    config = module.config
     return config["latent_channels"], 2 ** (len(config["encoder_block_out_channels"]) - 1)
 
 

@@ -89,7 +89,7 @@ def parse_optimizer_arguments(values: list[str]) -> dict[str, Any]:
             known = ", ".join(_OPTIMIZER_ARGUMENTS)
             raise ValueError(f"entries key=value with key one of {known} (not {entry!r})")
         try:
-            value = ast.literal_eval(text)
+            value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = None
         numbers = value if key == "betas" and isinstance(value, tuple | list) else (value,)
@@ -123,27 +123,33 @@ class ModelConfig(_Group):
     """Model files"""
 
     architecture: Literal["auto", "flux_kontext"] = Field(
-        "auto", description="Model family; auto finds it from the diffusion model file."
+        default="auto", description="Model family; auto finds it from the diffusion model file."
     )
     dit: PathSetting | None = Field(
-        None, description="Diffusion model: a .safetensors file or part of a set, or a folder."
+        default=None,
+        description="Diffusion model: a .safetensors file or part of a set, or a folder.",
     )
-    vae: PathSetting | None = Field(None, description="Autoencoder: a .safetensors file or folder.")
+    vae: PathSetting | None = Field(
+        default=None, description="Autoencoder: a .safetensors file or folder."
+    )
     text_encoder1: PathSetting | None = Field(
-        None, description="T5-XXL text encoder: a .safetensors file or Hugging Face folder."
+        default=None, description="T5-XXL text encoder: a .safetensors file or Hugging Face folder."
     )
     text_encoder2: PathSetting | None = Field(
-        None, description="CLIP-L text encoder: a .safetensors file or Hugging Face folder."
+        default=None, description="CLIP-L text encoder: a .safetensors file or Hugging Face folder."
     )
     tokenizer1: PathSetting | None = Field(
-        None, description="T5 tokenizer folder, needed beside a single text_encoder1 file."
+        default=None, description="T5 tokenizer folder, needed beside a single text_encoder1 file."
     )
     tokenizer2: PathSetting | None = Field(
-        None, description="CLIP tokenizer folder, needed beside a single text_encoder2 file."
+        default=None,
+        description="CLIP tokenizer folder, needed beside a single text_encoder2 file.",
     )
-    vae_dtype: Choice = Field("auto", description="Number type of the VAE; auto: as in its file.")
+    vae_dtype: Choice = Field(
+        default="auto", description="Number type of the VAE; auto: as in its file."
+    )
     text_encoder_dtype: Choice = Field(
-        "auto", description="Number type of the text encoders; auto: as in their files."
+        default="auto", description="Number type of the text encoders; auto: as in their files."
     )
 
 
@@ -151,31 +157,35 @@ class DatasetConfig(_Group):
     """Training images"""
 
     image_directory: PathSetting | None = Field(
-        None, description="Folder of images, each with a caption file of the same name."
+        default=None, description="Folder of images, each with a caption file of the same name."
     )
     control_directory: PathSetting | None = Field(
-        None, description="Folder of control images (for editing models) with the same names."
+        default=None,
+        description="Folder of control images (for editing models) with the same names.",
     )
     caption_extension: Annotated[str, AfterValidator(_check_extension)] = Field(
-        ".txt", description="Extension of the caption files."
+        default=".txt", description="Extension of the caption files."
     )
     resolution: Size = Field(
-        (1024, 1024),
+        default=(1024, 1024),
         description="Area of the training images in pixels, as [width, height] or one side.",
     )
     enable_bucket: bool = Field(
-        True, description="Group images by aspect ratio instead of cropping all to one size."
+        default=True,
+        description="Group images by aspect ratio instead of cropping all to one size.",
     )
     bucket_no_upscale: bool = Field(
-        False, description="Leave images smaller than the resolution at their own size."
+        default=False, description="Leave images smaller than the resolution at their own size."
     )
-    batch_size: int = Field(1, ge=1, le=4096, description="Images per batch and device.")
-    num_repeats: int = Field(1, ge=1, le=100_000, description="Times each image is used per epoch.")
+    batch_size: int = Field(default=1, ge=1, le=4096, description="Images per batch and device.")
+    num_repeats: int = Field(
+        default=1, ge=1, le=100_000, description="Times each image is used per epoch."
+    )
     cache_directory: PathSetting | None = Field(
-        None, description="Folder of the cache; default .loom_cache inside image_directory."
+        default=None, description="Folder of the cache; default .loom_cache inside image_directory."
     )
     text_max_length: int = Field(
-        512, ge=1, le=512, description="Tokens the T5 text is padded or cut to."
+        default=512, ge=1, le=512, description="Tokens the T5 text is padded or cut to."
     )
 
 
@@ -183,11 +193,11 @@ class NetworkConfig(_Group):
     """LoRA"""
 
     network_module: Literal["networks.lora", "networks.lora_flux"] = Field(
-        "networks.lora", description="Kind of network; both names mean LoRA."
+        default="networks.lora", description="Kind of network; both names mean LoRA."
     )
-    network_dim: int = Field(16, ge=1, le=4096, description="Rank of the LoRA.")
+    network_dim: int = Field(default=16, ge=1, le=4096, description="Rank of the LoRA.")
     network_alpha: float | None = Field(
-        None,
+        default=None,
         ge=0,
         le=1e6,
         description="The LoRA is scaled by alpha / rank; unset or 0 means the rank (scale 1).",
@@ -202,23 +212,29 @@ class NetworkConfig(_Group):
 class OptimizerConfig(_Group):
     """Optimizer"""
 
-    optimizer_type: Literal["AdamW"] = Field("AdamW", description="Optimizer.")
-    learning_rate: float = Field(1e-4, gt=0, le=10, description="Learning rate after the warm-up.")
+    optimizer_type: Literal["AdamW"] = Field(default="AdamW", description="Optimizer.")
+    learning_rate: float = Field(
+        default=1e-4, gt=0, le=10, description="Learning rate after the warm-up."
+    )
     optimizer_args: Annotated[list[str], AfterValidator(_check_optimizer_arguments)] = Field(
-        [], description='More arguments as "key=value": weight_decay, betas, eps.'
+        default=[], description='More arguments as "key=value": weight_decay, betas, eps.'
     )
     lr_scheduler: Literal["constant", "constant_with_warmup"] = Field(
-        "constant", description="Learning-rate schedule; both are constant after the warm-up."
+        default="constant",
+        description="Learning-rate schedule; both are constant after the warm-up.",
     )
     lr_warmup_steps: Annotated[
         int | float, BeforeValidator(_share_or_steps), AfterValidator(_check_share_or_steps)
     ] = Field(
-        0,
+        default=0,
         ge=0,
         description='Warm-up in optimizer steps, or as a share of all steps (0.1 or "10%").',
     )
     max_grad_norm: float = Field(
-        1.0, ge=0, le=1e6, description="Gradients are scaled down to this norm; 0 turns it off."
+        default=1.0,
+        ge=0,
+        le=1e6,
+        description="Gradients are scaled down to this norm; 0 turns it off.",
     )
 
     @property
@@ -236,70 +252,88 @@ class TimestepConfig(_Group):
     """Timesteps"""
 
     timestep_sampling: Literal["auto", "uniform", "sigmoid", "shift", "flux_shift"] = Field(
-        "auto", description="How training times are drawn; auto is the family's own choice."
+        default="auto", description="How training times are drawn; auto is the family's own choice."
     )
     discrete_flow_shift: float = Field(
-        1.0, gt=0, le=1000, description="Shift towards noise of timestep_sampling shift."
+        default=1.0, gt=0, le=1000, description="Shift towards noise of timestep_sampling shift."
     )
     sigmoid_scale: float = Field(
-        1.0, gt=0, le=1000, description="Spread of all choices but uniform; 1 is the published one."
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Spread of all choices but uniform; 1 is the published one.",
     )
     guidance_scale: float = Field(
-        1.0, ge=0, le=1000, description="Guidance value that the model is given while it trains."
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Guidance value that the model is given while it trains.",
     )
 
 
 class TrainingConfig(_Group):
     """Training"""
 
-    max_train_steps: int = Field(1600, ge=1, le=10**8, description="Optimizer steps to train.")
+    max_train_steps: int = Field(
+        default=1600, ge=1, le=10**8, description="Optimizer steps to train."
+    )
     max_train_epochs: int | None = Field(
-        None, ge=1, le=10**6, description="Epochs to train; replaces max_train_steps."
+        default=None, ge=1, le=10**6, description="Epochs to train; replaces max_train_steps."
     )
     gradient_accumulation_steps: int = Field(
-        1, ge=1, le=10_000, description="Batches whose gradients make one optimizer step."
+        default=1, ge=1, le=10_000, description="Batches whose gradients make one optimizer step."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, slower."
+        default=False,
+        description="Recompute activations in the backward pass: less memory, slower.",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "bf16", description="Number type of the model; no is float32. The LoRA is always float32."
+        default="bf16",
+        description="Number type of the model; no is float32. The LoRA is always float32.",
     )
     sdpa: Annotated[bool, AfterValidator(_check_sdpa)] = Field(
-        True, description="Accepted for compatibility; PyTorch's attention is always used."
+        default=True, description="Accepted for compatibility; PyTorch's attention is always used."
     )
     max_data_loader_n_workers: int = Field(
-        8, ge=0, le=1024, description="Accepted for compatibility; one reader works ahead."
+        default=8, ge=0, le=1024, description="Accepted for compatibility; one reader works ahead."
     )
     persistent_data_loader_workers: bool = Field(
-        False, description="Accepted for compatibility; the reader lives as long as the run."
+        default=False,
+        description="Accepted for compatibility; the reader lives as long as the run.",
     )
 
 
 class OutputConfig(_Group):
     """Output of training"""
 
-    output_dir: PathSetting | None = Field(None, description="Folder of the LoRA and its state.")
+    output_dir: PathSetting | None = Field(
+        default=None, description="Folder of the LoRA and its state."
+    )
     output_name: Annotated[str, AfterValidator(_check_name)] | None = Field(
-        None, description="Name of the LoRA, without extension."
+        default=None, description="Name of the LoRA, without extension."
     )
     save_every_n_steps: int | None = Field(
-        None, ge=1, description="Also keep the LoRA of every n-th optimizer step."
+        default=None, ge=1, description="Also keep the LoRA of every n-th optimizer step."
     )
     save_every_n_epochs: int | None = Field(
-        None, ge=1, description="Also keep the LoRA of every n-th epoch."
+        default=None, ge=1, description="Also keep the LoRA of every n-th epoch."
     )
     autosave_minutes: float = Field(
-        10.0, ge=0, le=100_000, description="Save the state to resume this often; 0 turns it off."
+        default=10.0,
+        ge=0,
+        le=100_000,
+        description="Save the state to resume this often; 0 turns it off.",
     )
     save_precision: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16", description="Number type of the LoRA file."
+        default="bf16", description="Number type of the LoRA file."
     )
     resume: bool | PathSetting = Field(
-        False, description="Continue the run of this name, or from the state file named here."
+        default=False,
+        description="Continue the run of this name, or from the state file named here.",
     )
     overwrite: bool = Field(
-        False, description="Let a new run replace the files of an older one of the same name."
+        default=False,
+        description="Let a new run replace the files of an older one of the same name.",
     )
 
 
@@ -307,29 +341,33 @@ class GenerateConfig(_Group):
     """Generating"""
 
     prompt: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(
-        [], description="What to draw; several prompts give several pictures."
+        default=[], description="What to draw; several prompts give several pictures."
     )
     from_file: PathSetting | None = Field(
-        None, description="Text file with one prompt per line; lines with # are left out."
+        default=None, description="Text file with one prompt per line; lines with # are left out."
     )
     image_size: Size = Field(
-        (1024, 1024), description="Size of the picture in pixels, as [width, height] or one side."
+        default=(1024, 1024),
+        description="Size of the picture in pixels, as [width, height] or one side.",
     )
-    infer_steps: int = Field(25, ge=1, le=1000, description="Sampling steps.")
+    infer_steps: int = Field(default=25, ge=1, le=1000, description="Sampling steps.")
     embedded_cfg_scale: float = Field(
-        2.5, ge=0, le=1000, description="Guidance value that the model is given."
+        default=2.5, ge=0, le=1000, description="Guidance value that the model is given."
     )
     flow_shift: float | None = Field(
-        None, gt=0, le=1000, description="Shift towards noise; unset: the family's for the size."
+        default=None,
+        gt=0,
+        le=1000,
+        description="Shift towards noise; unset: the family's for the size.",
     )
-    lora_weight: list[PathSetting] = Field([], description="LoRA files to apply.")
+    lora_weight: list[PathSetting] = Field(default=[], description="LoRA files to apply.")
     lora_multiplier: list[float] = Field(
-        [], description="Strength of each LoRA, in the same order; 1.0 where missing."
+        default=[], description="Strength of each LoRA, in the same order; 1.0 where missing."
     )
     control_image_path: list[PathSetting] = Field(
-        [], description="Control images, for editing models."
+        default=[], description="Control images, for editing models."
     )
-    save_path: PathSetting | None = Field(None, description="Folder of the pictures.")
+    save_path: PathSetting | None = Field(default=None, description="Folder of the pictures.")
 
     @property
     def loras(self) -> list[tuple[Path, float]]:
@@ -341,9 +379,9 @@ class GenerateConfig(_Group):
 class RuntimeConfig(_Group):
     """Machine"""
 
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of every random draw.")
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of every random draw.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
-        "auto", description="auto, cpu, cuda, cuda:N, xpu or mps."
+        default="auto", description="auto, cpu, cuda, cuda:N, xpu or mps."
     )
 
 

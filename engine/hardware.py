@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ def peak_memory_mib(device: torch.device) -> float:
     if platform.system() == "Windows":
         import psutil
 
-        return psutil.Process().memory_info().peak_wset / 2**20
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

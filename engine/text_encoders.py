@@ -48,7 +48,7 @@ class T5TextEncoder:
 class ClipTextEncoder:
     """Text -> one pooled embedding."""
 
-    module: nn.Module
+    module: Any  # a CLIPTextModel
     tokenizer: Any
 
     @torch.no_grad()

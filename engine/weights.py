@@ -221,7 +221,8 @@ def _fill(tensor: Tensor, entry: Entry) -> None:
     """Read the bytes of ``entry`` into the memory of a contiguous CPU tensor."""
     if entry.num_bytes == 0:
         return
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    bytes_ = tensor.view(-1).view(torch.uint8).numpy()
+    view = memoryview(bytes_)  # pyright: ignore[reportArgumentType]
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
         done = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..atomic_file import write_text
 from ..autoencoders import save_taesd
@@ -29,7 +29,7 @@ from .train_base import BaseModel, train_base
 logger = logging.getLogger(__name__)
 
 SEED = 0
-AUTOENCODER_STEPS = 5000
+AUTOENCODER_STEPS = 3500
 BASE_STEPS = 4500
 NUM_THREADS = 2
 
@@ -82,20 +82,22 @@ def save_base(folder: Path, base: BaseModel) -> None:
     half = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
     save_tensors(folder / draw.TRANSFORMER, half, _metadata("transformer"))
     _save_text_encoder(folder / draw.T5, base.t5)
-    _save_text_encoder(folder / draw.CLIP, base.clip)
+    _save_text_encoder(folder / draw.CLIP, base.clip, prefix="text_model.")
     _save_tokenizer(folder / draw.T5_TOKENIZER, base.t5_tokenizer)
     _save_tokenizer(folder / draw.CLIP_TOKENIZER, base.clip_tokenizer)
 
 
-def _save_text_encoder(folder: Path, module: nn.Module) -> None:
-    # What transformers 4 and 5 themselves write differs; this is read by both.
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if name == "encoder.embed_tokens.weight" or name.endswith("position_ids"):
-            continue  # the first is shared.weight once more, the second a constant
-        is_clip = name.removeprefix("text_model.").startswith(("embeddings.", "encoder.layers."))
-        bare = is_clip or name.startswith("final_layer_norm.")
-        tensors[f"text_model.{name}" if bare else name] = tensor
+def _save_text_encoder(folder: Path, module: nn.Module, *, prefix: str = "") -> None:
+    """Write weights under ``prefix`` and the configuration.
+
+    What transformers 4 and 5 themselves write differs; this is read by both.
+    """
+    tensors = {
+        prefix + name.removeprefix(prefix): tensor
+        for name, tensor in module.state_dict().items()
+        # The first is shared.weight once more, the second a constant.
+        if name != "encoder.embed_tokens.weight" and not name.endswith("position_ids")
+    }
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config: Any = module.config
     settings = config.to_diff_dict()
@@ -147,7 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    engine_logger = logging.getLogger(__package__.partition(".")[0])
+    engine_logger = logging.getLogger(__name__.partition(".")[0])
     engine_logger.addHandler(handler)
     engine_logger.setLevel(logging.INFO)
     torch.set_num_threads(NUM_THREADS)

@@ -47,13 +47,14 @@ def colour_name(image: Image.Image, background: str) -> str | None:
 def overlap(image: Image.Image, picture: Picture) -> float:
     """Intersection over union of the drawn shape with the ideal one, 0..1.
 
-    A pixel is part of the drawn shape if it is nearer to the colour that ``picture`` asks for
-    than to its background, and part of the ideal one if that covers at least half of it.
+    A pixel is part of a shape if it is nearer to the colour that ``picture`` asks for than to
+    its background.
     """
-    pixels = _pixels(image)
     colour, background = COLOURS[picture.colour], BACKGROUNDS[picture.background]
-    drawn = _distance(pixels, colour) < _distance(pixels, background)
-    ideal = np.asarray(picture.mask()) >= 128
+    drawn, ideal = (
+        _distance(pixels, colour) < _distance(pixels, background)
+        for pixels in (_pixels(image), _pixels(picture.draw()))
+    )
     return float((drawn & ideal).sum() / (drawn | ideal).sum())
 
 

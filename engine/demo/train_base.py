@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 ARCHITECTURE = FluxKontext()
 _LEARNING_RATE = 1e-3
 _EDIT_SHARE = 0.2  # of all steps; these have a control image
-_VARIANTS = 2  # jittered drawings of each picture
 _NUM_TEMPLATES = 3
 
 
@@ -72,7 +71,7 @@ def train_base(
     pictures: Sequence[Picture],
     *,
     steps: int,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> BaseModel:
     """Flow matching on the autoencoder's latents of ``pictures``."""
@@ -142,19 +141,15 @@ def _encode_text(model: BaseModel, captions: list[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _encode(autoencoder: nn.Module, pictures: Sequence[Picture], seed: int) -> Tensor:
-    """Latents [pictures, variants, C, 1, h, w] of jittered drawings."""
+def _encode(autoencoder: Any, pictures: Sequence[Picture], seed: int) -> Tensor:
+    """Latents [pictures, C, 1, h, w] of jittered drawings."""
     chance = random.Random(seeds.derive(seed, "base pictures"))
-    variants: list[Tensor] = []
-    for variant in range(_VARIANTS):
-        parts: list[Tensor] = []
-        for start in range(0, len(pictures), 64):
-            images = images_of(pictures[start : start + 64], chance)
-            with torch.autocast("cpu", torch.bfloat16):
-                parts.append(autoencoder.encoder(images).float())
-        variants.append(torch.cat(parts)[:, :, None])
-        logger.info("encoded variant %d of %d", variant + 1, _VARIANTS)
-    return torch.stack(variants, dim=1)
+    parts: list[Tensor] = []
+    for start in range(0, len(pictures), 64):
+        images = images_of(pictures[start : start + 64], chance)
+        parts.append(autoencoder.encoder(images)[:, :, None])
+    logger.info("encoded %d pictures", len(pictures))
+    return torch.cat(parts)
 
 
 class _Batches:
@@ -190,6 +185,4 @@ class _Batches:
         return self._latents_of(after), captions, self._latents_of(before)
 
     def _latents_of(self, chosen: Sequence[Picture]) -> Tensor:
-        rows = [self._position[picture] for picture in chosen]
-        columns = [self._chance.randrange(_VARIANTS) for _ in chosen]
-        return self._latents[rows, columns]
+        return self._latents[[self._position[picture] for picture in chosen]]

@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from io import TextIOWrapper
 from pathlib import Path
 
 from .config import Config
@@ -52,19 +54,21 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
     if unknown and parsed.job not in _JOBS:
         raise ConfigError(f"{parsed.job} does not take {' '.join(unknown)}")
     if parsed.job == "options":
-        sys.stdout.write(reference())
+        _print(reference())
         return 0
-    report = json_lines(sys.stdout) if parsed.events == "json" else ConsoleReporter()
-    if parsed.job == "demo":
-        from .demo import job
+    # The progress bar is closed before an error is written, which so has a line of its own.
+    with closing(ConsoleReporter()) as console:
+        report = json_lines(sys.stdout) if parsed.events == "json" else console
+        if parsed.job == "demo":
+            from .demo import job
 
-        job.run(parsed.output, report, steps=parsed.steps)
-        return 0
-    config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
-    if parsed.print_config:
-        sys.stdout.write(to_toml(config))
-        return 0
-    _run_job(parsed.job, config, report)
+            job.run(parsed.output, report, steps=parsed.steps)
+            return 0
+        config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
+        if parsed.print_config:
+            _print(to_toml(config))
+            return 0
+        _run_job(parsed.job, config, report)
     return 0
 
 
@@ -84,12 +88,23 @@ def _run_job(job: str, config: Config, report: Reporter) -> None:
         generate.run(config, report)
 
 
+def _print(text: str) -> None:
+    # Redirected into a file it has to be UTF-8, whatever the console's encoding is.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.write(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine", allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="job")
     for job, help_text in _JOBS.items():
         command = jobs.add_parser(
-            job, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False
+            job,
+            help=help_text,
+            description=help_text.capitalize() + ".",
+            usage=f"{parser.prog} {job} [--config_file FILE] [--setting value ...]",
+            allow_abbrev=False,
         )
         command.add_argument(
             "--config_file", type=Path, help="TOML file with settings; .toml may be left out"

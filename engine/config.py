@@ -8,22 +8,55 @@ nodes take everything from here. Only jobs read a `Config`; below them values ar
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+)
 
 from .errors import ConfigError
 
 _FORBIDDEN_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+# What neither a file system nor a TOML file can hold, or only by mistake: "C:\new" has a line end.
+_FORBIDDEN_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 # What AdamW takes besides the learning rate, and what the value must be.
-_OPTIMIZER_ARGUMENTS = {"weight_decay": "a number", "betas": "two numbers", "eps": "a number"}
+_OPTIMIZER_ARGUMENTS = {
+    "weight_decay": "a number from 0",
+    "betas": "two numbers from 0 to below 1",
+    "eps": "a number from 0",
+}
+# Other names of number types in the files of musubi-tuner.
+_DTYPE_NAMES = {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def _path(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    # pathlib's own expansion fails for "~name" unless there is such a user.
+    return Path(os.path.expanduser(value)) if isinstance(value, str | Path) and value else value
+
+
+def _check_path(value: Path) -> Path:
+    if _FORBIDDEN_IN_PATHS.search(str(value)):
+        raise ValueError(
+            "a path without line ends and the like; backslashes in a TOML file need 'single quotes'"
+        )
+    return value
+
+
+def _dtype_name(value: Any) -> Any:
+    return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+def _optimizer_name(value: Any) -> Any:
+    return "AdamW" if isinstance(value, str) and value.lower() == "adamw" else value
 
 
 def _size(value: Any) -> Any:
@@ -43,7 +76,7 @@ def _share_or_steps(value: Any) -> Any:
 
 def _check_share_or_steps(value: int | float) -> int | float:
     if isinstance(value, float) and not 0 <= value < 1:
-        raise ValueError("a share of all steps must be below 1 (write whole steps without a dot)")
+        raise ValueError("whole steps without a dot, or a share of all steps below 1")
     return value
 
 
@@ -90,7 +123,7 @@ def parse_optimizer_arguments(values: list[str]) -> dict[str, Any]:
             raise ValueError(f"entries key=value with key one of {known} (not {entry!r})")
         try:
             value: Any = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = None
         numbers = value if key == "betas" and isinstance(value, tuple | list) else (value,)
         good = len(numbers) == (2 if key == "betas" else 1) and all(
@@ -103,10 +136,17 @@ def parse_optimizer_arguments(values: list[str]) -> dict[str, Any]:
     return parsed
 
 
-PathSetting = Annotated[Path, BeforeValidator(_path)]
+def _check_multipliers(values: list[float], info: ValidationInfo) -> list[float]:
+    num_loras = len(info.data.get("lora_weight", values))
+    if len(values) > num_loras:
+        raise ValueError(f"at most one value for each of the {num_loras} LoRA files")
+    return values
+
+
+PathSetting = Annotated[Path, BeforeValidator(_path), AfterValidator(_check_path)]
 Side = Annotated[int, Field(ge=16, le=8192)]
 Size = Annotated[tuple[Side, Side], BeforeValidator(_size)]
-Choice = Literal["auto", "fp32", "bf16", "fp16"]
+Choice = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(_dtype_name)]
 
 
 class _Group(BaseModel):
@@ -212,7 +252,9 @@ class NetworkConfig(_Group):
 class OptimizerConfig(_Group):
     """Optimizer"""
 
-    optimizer_type: Literal["AdamW"] = Field(default="AdamW", description="Optimizer.")
+    optimizer_type: Annotated[Literal["AdamW"], BeforeValidator(_optimizer_name)] = Field(
+        default="AdamW", description="Optimizer; upper and lower case are the same."
+    )
     learning_rate: float = Field(
         default=1e-4, gt=0, le=10, description="Learning rate after the warm-up."
     )
@@ -324,8 +366,8 @@ class OutputConfig(_Group):
         le=100_000,
         description="Save the state to resume this often; 0 turns it off.",
     )
-    save_precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="Number type of the LoRA file."
+    save_precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype_name)] = (
+        Field(default="bf16", description="Number type of the LoRA file.")
     )
     resume: bool | PathSetting = Field(
         default=False,
@@ -361,7 +403,7 @@ class GenerateConfig(_Group):
         description="Shift towards noise; unset: the family's for the size.",
     )
     lora_weight: list[PathSetting] = Field(default=[], description="LoRA files to apply.")
-    lora_multiplier: list[float] = Field(
+    lora_multiplier: Annotated[list[float], AfterValidator(_check_multipliers)] = Field(
         default=[], description="Strength of each LoRA, in the same order; 1.0 where missing."
     )
     control_image_path: list[PathSetting] = Field(

@@ -18,9 +18,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from .config import FIELDS, GROUP_OF, GROUPS, Config
 from .errors import ConfigError
 from .options_not_yet import NOT_YET
+
+_LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def load_config(
     problems: list[str] = []
     given = _flatten(*_read(path), problems) if path else {}
     for name, words in command_line.items():
-        value = _from_words(FIELDS[name], words) if name in FIELDS else " ".join(words)
+        value = _from_words(FIELDS[name], words) if name in FIELDS else " ".join(words) or True
         given[name] = Given("command line", value)
     launched = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" and "mixed_precision" not in given:
@@ -64,17 +71,10 @@ def load_config(
         try:
             built[key] = group(**groups[key])
         except ValidationError as error:
-            wrong = {str(detail["loc"][0]): detail for detail in reversed(error.errors())}
+            wrong = {str(detail["loc"][0]): detail for detail in error.errors()}
             problems += [
                 _problem(name, given[name], wrong[name]) for name in groups[key] if name in wrong
             ]
-    multipliers, loras = (groups["generate"].get(k, ()) for k in ("lora_multiplier", "lora_weight"))
-    if not problems and len(multipliers) > len(loras):
-        item = given["lora_multiplier"]
-        problems.append(
-            f"{item.where}: lora_multiplier has {len(multipliers)} values for {len(loras)} LoRA "
-            "files; give at most one for each"
-        )
     if problems:
         raise ConfigError("\n".join(problems))
     return Config(**built)
@@ -109,57 +109,43 @@ def base_types(annotation: Any) -> set[Any]:
 def expected(field: FieldInfo) -> str:
     """What a setting may be, in words."""
     kinds = base_types(field.annotation)
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if choices:
-        return f"one of {', '.join(sorted(choices))}"
+    if choices := _choices(field):
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if tuple in kinds:
         return "[width, height] or one whole number, each from 16 to 8192"
     single = " or ".join(
         word for kind, word in {**names, Path: "a path"}.items() if kind in kinds
     ).replace("a whole number or a number", "a whole number or a share")
-    limits = {type(item).__name__.lower(): item for item in field.metadata}
-    low = next((f"{k} {_number(limits[n])}" for n, k in _LOW.items() if n in limits), "")
-    high = f"up to {_number(limits['le'])}" if "le" in limits else ""
-    bounds = " ".join(part for part in (low, high) if part)
-    words = f"{single} {bounds}".strip()
-    return f"a list, each {words}" if list in kinds else words
+    words = [single]
+    for item in field.metadata:
+        for name, word in _LIMITS.items():
+            if (limit := getattr(item, name, None)) is not None:
+                words.append(f"{word} {limit:,.10g}")
+    return f"a list, each {' '.join(words)}" if list in kinds else " ".join(words)
 
 
-_LOW = {"ge": "from", "gt": "above"}
-
-
-def _number(limit: Any) -> str:
-    value = next(iter(vars(limit).values())) if hasattr(limit, "__dict__") else None
-    value = getattr(limit, type(limit).__name__.lower(), value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+def _choices(field: FieldInfo) -> list[str]:
+    kinds = base_types(field.annotation)
+    return sorted(name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind))
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
-    if not path.exists() and path.suffix != ".toml":
-        path = path.with_name(f"{path.name}.toml")
     try:
-        return path, _parse(path.read_text("utf-8-sig"))
+        if path.suffix != ".toml" and path.name and (path.is_dir() or not path.exists()):
+            path = path.with_name(f"{path.name}.toml")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file; check --config_file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: this is not UTF-8 text; save it as UTF-8") from None
-    # Besides ValueError, the toml package raises all of these for text that is not TOML.
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """Python's own parser where there is one; the toml package misreads some strings."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib.loads(text)
-    import toml
-
-    return toml.loads(text)
+    try:
+        return path, tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        hint = "; write Windows paths in 'single quotes'" if "\\" in text else ""
+        raise ConfigError(f"{path}: this is not valid TOML: {error}{hint}") from None
 
 
 def _flatten(
@@ -168,7 +154,12 @@ def _flatten(
     where = f"{path} [{section}]" if section else str(path)
     given: dict[str, Given] = {}
     for key, value in document.items():
-        if not isinstance(value, Mapping):
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            problems.append(
+                f"{where}: [[{key}]] = {_shown(value)}: lists of tables are not read; "
+                f"write the settings once, under [{key}]"
+            )
+        elif not isinstance(value, Mapping):
             given[key] = Given(where, value)
     for key, value in document.items():
         if isinstance(value, Mapping):
@@ -176,7 +167,8 @@ def _flatten(
             for name, item in _flatten(path, value, problems, inner).items():
                 if name in given:
                     problems.append(
-                        f"{item.where}: {name} is also set in {given[name].where}; keep one of them"
+                        f"{item.where}: {name} = {_shown(item.value)}: also set in "
+                        f"{given[name].where}; keep one of them"
                     )
                 given[name] = item
     return given
@@ -208,20 +200,19 @@ def _from_word(kinds: set[Any], word: str) -> Any:
 def _unknown(name: str, item: Given) -> str:
     start = f"{item.where}: {name} = {_shown(item.value)}:"
     if name in NOT_YET:
-        return f"{start} this option is not supported by this version; remove it"
-    near = get_close_matches(name, list(FIELDS), n=1)
+        return f"{start} this option is not supported by this version; {NOT_YET[name]}"
+    near = get_close_matches(name.lower(), list(FIELDS), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "see docs/options.md for all settings"
     return f"{start} unknown setting; {hint}"
 
 
 def _problem(name: str, item: Given, detail: Any) -> str:
     reason = f"expected {expected(FIELDS[name])}"
+    choices = _choices(FIELDS[name])
     if detail["type"] == "value_error":
         reason = f"expected {detail['ctx']['error']}"
-    elif detail["type"] == "literal_error" and isinstance(item.value, str):
-        choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        if near := get_close_matches(item.value, choices, n=1):
-            reason += f"; did you mean {near[0]!r}?"
+    elif len(choices) > 1 and (near := get_close_matches(str(item.value), choices, n=1)):
+        reason += f"; did you mean {near[0]!r}?"
     return f"{item.where}: {name} = {_shown(item.value)}: {reason}"
 
 
@@ -241,7 +232,7 @@ def _toml_value(value: Any) -> str:
 
 
 def _toml_string(text: str) -> str:
-    """A basic string. Both parsers read it back, which not every valid way of writing is."""
+    """A basic string."""
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
     parts = [
         escapes.get(

@@ -27,11 +27,18 @@ class ConsoleReporter:
         elif isinstance(event, Saved) and event.kind != "state":
             self._write(f"saved {event.path}")
         elif isinstance(event, Finished):
-            self._close()
+            self.close()
+
+    def close(self) -> None:
+        """End the line of an unfinished bar."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
 
     def _advance(self, event: Progress) -> None:
         if self._bar is None or self._task != event.task:
-            self._close()
+            self.close()
             self._task = event.task
             # The numbers are the job's own; tqdm's averages would include the first, slow step.
             self._bar = tqdm(
@@ -44,16 +51,10 @@ class ConsoleReporter:
         self._bar.set_postfix_str(_numbers(event), refresh=False)
         self._bar.update(event.done - self._bar.n)
         if event.done >= event.total:
-            self._close()
+            self.close()
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=self._stream)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
-            self._bar = None
 
 
 def json_lines(stream: IO[str]) -> Reporter:
@@ -78,9 +79,9 @@ def _numbers(event: Progress) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 1:
+    if round(seconds, 3) < 1:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import FIELDS, GROUPS
 from .config_file import base_types, expected
+from .errors import ConfigError
 
 _INTRODUCTION = """# Options
 
@@ -24,6 +26,8 @@ This page is made by `python -m engine options`.
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """One option per setting, grouped by subject; values are taken as the words they are."""
+    # As from Python 3.14 on: "-1e-3" is a number, too, and no option.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     for group in GROUPS.values():
         section = parser.add_argument_group(group.__doc__)
         for name, field in group.model_fields.items():
@@ -51,19 +55,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_words(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[str, list[str]]:
-    """The settings that the command line named, with their words; also those nobody knows."""
+    """The settings that the command line named, with their words; also those nobody knows.
+
+    Raises:
+        ConfigError: a word belongs to no option.
+    """
     words = {
         name: value if isinstance(value, list) else [value]
         for name, value in vars(arguments).items()
         if name in FIELDS
     }
-    name = ""
+    name = None
     for word in unknown:
-        if word.startswith("--"):
+        if word.startswith("--") and word != "--":
             name, equals, value = word[2:].partition("=")
             words[name] = [value] if equals else []
+        elif name is None:
+            dash = f"write a value with a dash as --name={word}"
+            hint = dash if word.startswith("-") else "a value with spaces needs quotes"
+            raise ConfigError(f"command line: {word!r} belongs to no option; {hint}")
         else:
-            words.setdefault(name, []).append(word)
+            words[name].append(word)
     return words
 
 

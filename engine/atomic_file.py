@@ -14,13 +14,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The content is on disk before the rename, so a power cut leaves the old file or the new one.
     When the block raises, the temporary file is removed and ``path`` is untouched. The folder is
-    created when it is missing.
+    created when it is missing. The file may be read by whom the user's umask allows, even if a
+    library writes it for its owner alone, as safetensors does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two processes that write the same file from sharing a temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from pack.engine.atomic_file import replacing, write_text
+from safetensors.torch import save_file
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -24,3 +27,13 @@ def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         raise KeyError
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
+def test_a_file_that_a_library_made_private_gets_the_usual_permissions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with replacing(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)
+        temporary.chmod(0o600)
+    assert (tmp_path / "a.safetensors").stat().st_mode == plain.stat().st_mode

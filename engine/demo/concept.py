@@ -1,4 +1,4 @@
-"""What the demo teaches: loomlings, round creatures with big eyes, which the base cannot draw.
+"""What the demo teaches: loomlings, creatures with one big eye, which the base cannot draw.
 
 The pictures have the size, colours and places that the base model knows; the creature and its
 name are new to it.
@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .pictures import (
     BACKGROUNDS,
@@ -21,22 +21,21 @@ from .pictures import (
     draw_shape,
     place,
     reduced,
-    scaled,
     vary,
 )
 
 EYE_WHITE: RGB = (250, 250, 250)
 PUPIL: RGB = (24, 22, 34)
 # In units of the creature's radius, from its middle.
-EYES: tuple[Point, Point] = ((-0.36, -0.06), (0.36, -0.06))
-EYE_RADIUS = 0.3
-PUPIL_RADIUS = 0.17
-_STALK: list[Point] = [(0.0, -0.5), (0.12, -0.85)]
+EYE: Point = (0.0, 0.0)
+EYE_RADIUS = 0.52
+PUPIL_RADIUS = 0.27
 _BODY: tuple[tuple[str, Point, float], ...] = (
-    ("circle", (0.0, 0.12), 0.8),
-    ("circle", (0.14, -0.86), 0.16),
-    ("circle", (-0.45, 0.8), 0.2),
-    ("circle", (0.45, 0.8), 0.2),
+    ("circle", (0.0, 0.08), 0.84),
+    ("triangle", (-0.52, -0.62), 0.4),
+    ("triangle", (0.52, -0.62), 0.4),
+    ("circle", (-0.45, 0.78), 0.24),
+    ("circle", (0.45, 0.78), 0.24),
 )
 
 
@@ -62,24 +61,18 @@ class Loomling:
         centre, radius = place(self.size, self.position, jitter)
         colour = vary(COLOURS[self.colour], jitter)
         image = canvas(vary(BACKGROUNDS[self.background], jitter))
-        draw = ImageDraw.Draw(image)
-        draw.line(scaled(_STALK, centre, radius), fill=colour, width=round(0.4 * radius))
         for part, (x, y), size in _BODY:
             middle = (centre[0] + x * radius, centre[1] + y * radius)
             draw_shape(image, part, middle, size * radius, colour, hole=colour)
-        for x, y in EYES:
-            eye = (centre[0] + x * radius, centre[1] + y * radius)
-            draw_shape(image, "circle", eye, EYE_RADIUS * radius, EYE_WHITE, hole=colour)
-            draw_shape(image, "circle", eye, PUPIL_RADIUS * radius, PUPIL, hole=colour)
-        left_top, right_bottom = scaled([(-0.3, 0.2), (0.3, 0.62)], centre, radius)
-        width = round(0.36 * radius)
-        draw.arc([left_top, right_bottom], 20, 160, fill=PUPIL, width=width)
+        eye = (centre[0] + EYE[0] * radius, centre[1] + EYE[1] * radius)
+        draw_shape(image, "circle", eye, EYE_RADIUS * radius, EYE_WHITE, hole=colour)
+        draw_shape(image, "circle", eye, PUPIL_RADIUS * radius, PUPIL, hole=colour)
         return reduced(image)
 
-    def eye_places(self) -> list[tuple[Point, float]]:
-        """Centre and radius in pixels of both eyes in the ideal picture."""
+    def eye(self) -> tuple[Point, float]:
+        """Centre and radius in pixels of the eye in the ideal picture."""
         (x, y), radius = place(self.size, self.position, None)
-        return [((x + a * radius, y + b * radius), EYE_RADIUS * radius) for a, b in EYES]
+        return (x + EYE[0] * radius, y + EYE[1] * radius), EYE_RADIUS * radius
 
 
 TRAIN: tuple[Loomling, ...] = (

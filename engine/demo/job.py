@@ -53,8 +53,8 @@ class Result:
     """What the demo measured; "before" is the base model alone, "after" has the LoRA.
 
     ``loss`` is the mean flow-matching loss on held-out creatures, ``similarity`` the mean
-    structural similarity of generated to real held-out pictures, ``eyes`` the share of eyes that
-    are where they should be; each is (before, after).
+    structural similarity of generated to real held-out pictures, ``eyes`` the share of creatures
+    with their eye in place; each is (before, after).
     """
 
     loss: tuple[float, float]
@@ -193,7 +193,7 @@ def _similarity(drawn: Sequence[Sequence[Image.Image]]) -> float:
 
 def _eyes(drawn: Sequence[Sequence[Image.Image]]) -> float:
     return statistics.mean(
-        measure.num_eyes(image, creature) / 2
+        measure.has_eye(image, creature)
         for images in drawn
         for image, creature in zip(images, HELD_OUT, strict=True)
     )
@@ -230,7 +230,7 @@ def _table(result: Result) -> str:
         ("", "before", "after"),
         ("held-out flow-matching loss", *(f"{value:.4f}" for value in result.loss)),
         ("similarity to held-out pictures", *(f"{value:.3f}" for value in result.similarity)),
-        ("eyes where they should be", *(f"{value:.0%}" for value in result.eyes)),
+        ("creatures with their eye in place", *(f"{value:.0%}" for value in result.eyes)),
     ]
     lines = [f"{name:34}{first:>10}{second:>10}" for name, first, second in rows]
     lines.append(

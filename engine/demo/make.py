@@ -29,8 +29,8 @@ from .train_base import BaseModel, train_base
 logger = logging.getLogger(__name__)
 
 SEED = 0
-AUTOENCODER_STEPS = 3500
-BASE_STEPS = 4500
+AUTOENCODER_STEPS = 6500
+BASE_STEPS = 9000
 NUM_THREADS = 2
 
 
@@ -147,11 +147,7 @@ def main() -> None:
         help="folder for 'model' and 'dataset' (default: the folder of this file)",
     )
     arguments = parser.parse_args()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    engine_logger = logging.getLogger(__name__.partition(".")[0])
-    engine_logger.addHandler(handler)
-    engine_logger.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(NUM_THREADS)
     make(
         arguments.output,

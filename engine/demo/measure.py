@@ -73,18 +73,16 @@ def similarity(first: Image.Image, second: Image.Image) -> float:
     return (luminance * structure).mean().item()
 
 
-def num_eyes(image: Image.Image, creature: Loomling) -> int:
-    """How many of the creature's two eyes are there: a dark pupil in a ring of white.
+def has_eye(image: Image.Image, creature: Loomling) -> bool:
+    """Whether the creature's eye is there: a dark pupil in a ring of white.
 
-    An eye may be up to 3 pixels from its place in the ideal picture. The pupil's mean
-    brightness must be below 110 and its ring's above 170, of 255.
+    It may be up to 3 pixels from its place in the ideal picture. The pupil's mean brightness must
+    be below 110 and its ring's above 170, of 255.
     """
     brightness = _pixels(image).min(axis=2)
-    found = 0
-    for (x, y), radius in creature.eye_places():
-        offsets = [(dx, dy) for dx in range(-3, 4) for dy in range(-3, 4)]
-        found += any(_is_eye(brightness, x + dx, y + dy, radius) for dx, dy in offsets)
-    return found
+    (x, y), radius = creature.eye()
+    offsets = [(dx, dy) for dx in range(-3, 4) for dy in range(-3, 4)]
+    return any(_is_eye(brightness, x + dx, y + dy, radius) for dx, dy in offsets)
 
 
 def _is_eye(brightness: np.ndarray, x: float, y: float, radius: float) -> bool:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 16
 _LEARNING_RATE = 1e-3
-_LATENT_NOISE = 0.05
+_LATENT_NOISE = 0.15  # about what the base model gets wrong
 _MEASURE_AT = (0.05, 0.2, 0.4, 0.6, 0.8)  # shares of all steps
 # Most of training is on cut-out quarters, four times as many per step. The rest is on whole
 # pictures, in which most places are further from a border than in any quarter.
@@ -76,9 +76,10 @@ def train_autoencoder(
         else:
             images = _batch(pictures, chance, batch_size)
         images = images.contiguous(memory_format=torch.channels_last)
-        latents = norm(model.encoder(images))
-        restored = model.decoder(latents + _LATENT_NOISE * torch.randn_like(latents))
-        loss, error = _loss(restored, images)
+        with torch.autocast("cpu", torch.bfloat16):  # nearly twice as fast where the CPU has it
+            latents = norm(model.encoder(images))
+            restored = model.decoder(latents + _LATENT_NOISE * torch.randn_like(latents))
+        loss, error = _loss(restored.float(), images)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

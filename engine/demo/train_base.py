@@ -20,7 +20,7 @@ from .train_autoencoder import images_of, one_cycle
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = FluxKontext()
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 2e-3
 _EDIT_SHARE = 0.2  # of all steps; these have a control image
 _NUM_TEMPLATES = 3
 
@@ -87,11 +87,12 @@ def train_base(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * one_cycle(step / steps)
         target, captions, control = batches.draw()
-        conditions = _encode_text(model, captions)
-        conditions["guidance"] = torch.empty(len(captions)).uniform_(1, 5, generator=generator)
-        if control is not None:
-            conditions["control_latents_0"] = control
-        loss = _loss(model.transformer, target, conditions, generator)
+        with torch.autocast("cpu", torch.bfloat16):  # half the time where the CPU has it
+            conditions = _encode_text(model, captions)
+            conditions["guidance"] = torch.empty(len(captions)).uniform_(1, 5, generator=generator)
+            if control is not None:
+                conditions["control_latents_0"] = control
+            loss = _loss(model.transformer, target, conditions, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -120,7 +121,7 @@ def _loss(
     noise = torch.randn(latents.shape, generator=generator)
     noisy = flow.noisy_latents(latents, noise, t_B)
     velocity = ARCHITECTURE.predict_velocity(transformer, noisy, t_B, conditions)
-    return nn.functional.mse_loss(velocity, flow.velocity_target(latents, noise))
+    return nn.functional.mse_loss(velocity.float(), flow.velocity_target(latents, noise))
 
 
 def _encode_text(model: BaseModel, captions: list[str]) -> dict[str, Tensor]:
@@ -147,7 +148,8 @@ def _encode(autoencoder: Any, pictures: Sequence[Picture], seed: int) -> Tensor:
     parts: list[Tensor] = []
     for start in range(0, len(pictures), 64):
         images = images_of(pictures[start : start + 64], chance)
-        parts.append(autoencoder.encoder(images)[:, :, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(autoencoder.encoder(images).float()[:, :, None])
     logger.info("encoded %d pictures", len(pictures))
     return torch.cat(parts)
 

@@ -91,6 +91,6 @@ def test_eyes_are_found_in_loomlings_and_not_in_plain_shapes() -> None:
     for creature in (*concept.TRAIN, *concept.HELD_OUT):
         words = (creature.colour, creature.background, creature.size, creature.position)
 
-        assert measure.num_eyes(creature.draw(random.Random(2)), creature) == 2
+        assert measure.has_eye(creature.draw(random.Random(2)), creature)
         for shape in ("circle", "ring", "cross"):
-            assert measure.num_eyes(Picture(shape, *words).draw(), creature) == 0
+            assert not measure.has_eye(Picture(shape, *words).draw(), creature)

@@ -9,7 +9,6 @@ Shapes: B batch, C latent channels, T = 1 frame, H W height and width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +20,21 @@ from torch import Tensor, nn
 
 from . import file_kinds
 from .errors import CheckpointError
-from .weights import Checkpoint, Source, load_into, open_checkpoint, save_tensors
+from .weights import (
+    Checkpoint,
+    Source,
+    load_into,
+    open_checkpoint,
+    pipeline_part,
+    read_settings,
+    save_tensors,
+)
 
 _PREFIXES = ("", "first_stage_model.", "vae.")
 # Scalars that ComfyUI reads from a TAESD file; the latents need neither here.
 _TAESD_EXTRAS = ("vae_scale", "vae_shift")
+# CLIP's layers are called encoder.layers too, but are no convolutions.
+_TINY_KEY = re.compile(r"taesd_(en|de)coder\.|(en|de)coder\.layers\.\d+\.(weight|conv\.)")
 
 # diffusers' name of a module -> the LDM one; the index of an up block counts the other way.
 _LDM_RENAMES: tuple[tuple[str, str], ...] = (
@@ -107,12 +116,12 @@ def load_autoencoder(
     Raises:
         CheckpointError: the file is something else, or tensors are missing or left over.
     """
-    path = path / "vae" if (path / "vae").is_dir() else path
+    path = pipeline_part(path, "vae")
     checkpoint = _open(path)
     keys = checkpoint.entries
     module: Any
     ignore: list[str] = []
-    if any(key.startswith(("taesd_encoder.", "encoder.layers.")) for key in keys):
+    if any(_TINY_KEY.match(key) for key in keys):
         module, key_map = _tiny(checkpoint, path)
         ignore = [key for key in _TAESD_EXTRAS if key in keys]
         channels, downsampling = _tiny_facts(module)
@@ -120,7 +129,7 @@ def load_autoencoder(
         prefix = next((p for p in _PREFIXES if f"{p}decoder.conv_in.weight" in keys), None)
         if prefix is None:
             raise CheckpointError(
-                f"{path}: this is {file_kinds.describe(keys)}, not an autoencoder (VAE)"
+                f"{path}: this is {file_kinds.describe(keys)}, not an image autoencoder (VAE)"
             )
         module, key_map = _kl(checkpoint, path, prefix)
         ignore = [key for key in keys if not key.startswith(prefix)] if prefix else []
@@ -149,19 +158,23 @@ def save_taesd(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
 def _open(path: Path) -> Checkpoint:
     """The checkpoint; an encoder and a decoder file side by side count as one."""
     checkpoint = open_checkpoint(path)
-    if "0.weight" not in checkpoint.entries and "1.weight" not in checkpoint.entries:
+    if not any(re.fullmatch(r"\d+\.conv\.0\.weight", key) for key in checkpoint.entries):
         return checkpoint
-    entries = {}
-    for part in ("encoder", "decoder"):
-        file = path.with_name(re.sub(r"(en|de)coder(?=\.safetensors$)", part, path.name))
-        if not file.exists() or "coder" not in path.name:
-            raise CheckpointError(
-                f"{path}: this is half of a TAESD autoencoder; put the other file, "
-                "..._encoder.safetensors or ..._decoder.safetensors, beside it"
-            )
-        half = open_checkpoint(file)
-        entries |= {f"taesd_{part}.{key}": entry for key, entry in half.entries.items()}
-    return Checkpoint(checkpoint.paths, entries, checkpoint.metadata)
+    halves = {
+        part: path.with_name(re.sub(r"(en|de)coder(?=\.safetensors$)", part, path.name))
+        for part in ("encoder", "decoder")
+    }
+    if len(set(halves.values())) == 1 or not all(file.exists() for file in halves.values()):
+        raise CheckpointError(
+            f"{path}: this is half of a TAESD autoencoder; put the other file, "
+            "..._encoder.safetensors or ..._decoder.safetensors, beside it"
+        )
+    entries = {
+        f"taesd_{part}.{key}": entry
+        for part, file in halves.items()
+        for key, entry in open_checkpoint(file).entries.items()
+    }
+    return Checkpoint(tuple(halves.values()), entries, checkpoint.metadata)
 
 
 def _tiny(checkpoint: Checkpoint, path: Path) -> tuple[nn.Module, dict[str, Source]]:
@@ -228,7 +241,7 @@ def _kl(checkpoint: Checkpoint, path: Path, prefix: str) -> tuple[nn.Module, dic
         layers += 1
     if not widths:
         raise CheckpointError(
-            f"{path}: this is {file_kinds.describe(keys)}, not an image autoencoder"
+            f"{path}: this is {file_kinds.describe(keys)}, not an image autoencoder (VAE)"
         )
     config = {
         "block_out_channels": tuple(widths),
@@ -253,9 +266,7 @@ def _kl(checkpoint: Checkpoint, path: Path, prefix: str) -> tuple[nn.Module, dic
 def _norm_groups(path: Path) -> int:
     """32 in every published model; a diffusers folder may say otherwise."""
     config = path / "config.json"
-    return (
-        json.loads(config.read_text("utf-8")).get("norm_num_groups", 32) if config.exists() else 32
-    )
+    return read_settings(config).get("norm_num_groups", 32) if config.exists() else 32
 
 
 def _ldm_key(name: str, widths: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import seeds
-from .errors import DataError, EngineError
+from .errors import DataError
 from .weights import open_checkpoint
 
 Batch = dict[str, Tensor]
@@ -99,7 +99,7 @@ class BatchReader:
         self._pin_memory = pin_memory
         self._keep = sum(item.num_bytes for item in items) <= keep_bytes
         self._kept: dict[int, Batch] = {}
-        self._ready: queue.Queue[tuple[int, Batch] | EngineError | None] = queue.Queue(maxsize=1)
+        self._ready: queue.Queue[tuple[int, Batch] | Exception | None] = queue.Queue(maxsize=1)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="batch reader", daemon=True)
 
@@ -127,22 +127,23 @@ class BatchReader:
         result = self._ready.get()
         if result is None:
             raise StopIteration
-        if isinstance(result, EngineError):
+        if isinstance(result, Exception):
             raise result
         return result
 
     def _work(self) -> None:
-        result: tuple[int, Batch] | EngineError | None
+        result: Exception | None
         try:
             for index, chosen in self._plan:
                 if self._closing.is_set():
                     return
                 self._ready.put((index, self._batch(chosen)))
             result = None
-        except EngineError as error:
-            result = error
         except OSError as error:
             result = DataError(f"{error.filename}: the cache cannot be read: {error.strerror}")
+        # Raised again by the thread that waits for the batch, which would wait forever otherwise.
+        except Exception as error:  # noqa: BLE001
+            result = error
         if not self._closing.is_set():
             self._ready.put(result)
 

@@ -11,15 +11,29 @@ from collections.abc import Iterable
 
 # (what the user has, patterns that must each match the end part of some tensor name)
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a LoRA file", (r"(.*\.)?(lora_(A|B|down|up)|lora\.(down|up)|lora_(A|B)\.\w+)\.weight",)),
+    (
+        "a LoRA file",
+        (r"(.*\.)?(lora_(A|B|down|up)|\w*lora\d?\.(down|up)|lora_(A|B)\.\w+)\.weight",),
+    ),
     ("a LoHa file", (r".*\.hada_w1_a",)),
     ("a LoKr file", (r".*\.lokr_w1(_a)?",)),
+    (
+        "a ControlNet",
+        (r"(.*\.)?(controlnet_(blocks|x_embedder|cond_embedding)|control_model)\..*",),
+    ),
     ("an SD 1.x/2.x checkpoint", (r"model\.diffusion_model\.input_blocks\..*", r"cond_stage_.*")),
     ("an SDXL checkpoint", (r"model\.diffusion_model\.input_blocks\..*", r"conditioner\..*")),
     ("a UNet of the Stable Diffusion family", (r"(.*\.)?(input_blocks|down_blocks)\..*attn2.*",)),
     (
         "a HunyuanVideo transformer",
         (r"(.*\.)?double_blocks\.0\..*", r"(.*\.)?txt_in\.individual_token_refiner\..*"),
+    ),
+    ("a Chroma transformer", (r"(.*\.)?distilled_guidance_layer\..*",)),
+    ("a FLUX.2 transformer", (r"(.*\.)?double_stream_modulation_img\..*",)),
+    ("an SD3 transformer", (r"(.*\.)?joint_blocks\.0\..*",)),
+    (
+        "an SD3 transformer",
+        (r"(.*\.)?pos_embed\.proj\.weight", r"(.*\.)?context_embedder\.weight"),
     ),
     (
         "a FLUX.1 transformer",
@@ -38,6 +52,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (r"(.*\.)?blocks\.0\.self_attn\.q\.weight", r"(.*\.)?patch_embedding\..*"),
     ),
     ("a Wan VAE", (r"(.*\.)?encoder\.downsamples\..*", r"(.*\.)?decoder\.upsamples\..*")),
+    ("a HunyuanVideo VAE", (r"(.*\.)?encoder\.down(_blocks)?\.0\..*\.conv1\.conv\.weight",)),
     ("a TAESD autoencoder", (r"taesd_(en|de)coder\..*",)),
     (
         "an autoencoder (VAE)",
@@ -45,7 +60,12 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("a tiny autoencoder (VAE)", (r"encoder\.layers\.\d+\..*", r"decoder\.layers\.\d+\..*")),
     ("half of a TAESD autoencoder", (r"\d+\.conv\.0\.weight", r"\d+\.weight")),
+    (
+        "a UMT5 text encoder",
+        (r"(.*\.)?encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",),
+    ),
     ("a T5 text encoder", (r"(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",)),
+    ("a CLIP model", (r"vision_model\.encoder\.layers\.0\..*", r"text_model\.encoder\..*")),
     ("a CLIP vision encoder", (r"(.*\.)?vision_model\.encoder\.layers\.0\..*",)),
     ("a CLIP text encoder", (r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",)),
     (
@@ -66,8 +86,8 @@ def describe(keys: Iterable[str]) -> str:
 
 def foreign(start: bytes) -> str | None:
     """What a file that begins with ``start`` is if it is clearly not safetensors, else None."""
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!", b"<html", b"<head", b"<body", b"<?xml")):
         return (
             "this is a web page that was saved under a model's name, not a model; download the "
             "file itself (a log-in or licence page may have been in the way)"

@@ -48,8 +48,8 @@ def save_lora(
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{path}: {key} became NaN or infinite, so the LoRA was not written; continue "
-                "from the last saved state with a lower learning_rate"
+                f"{path}: {key} became NaN or infinite, so the LoRA was not written; what was "
+                "saved before is untouched, start again with a lower learning_rate"
             )
     save_tensors(path, tensors, metadata)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .atomic_file import write_text
+from .errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,23 @@ class LossHistory:
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         kept = [step for step in read_history(path) if step.step <= resume_step]
         write_text(path, "".join(_line(step) for step in kept))
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._path = path
+        # Without a buffer: a line that a full disk refused would be tried again on closing.
+        self._file = path.open("ab", buffering=0)
 
     def append(self, step: Step) -> None:
-        """Write one line; it survives a crash of this process."""
-        self._file.write(_line(step))
-        self._file.flush()
+        """Write one line; it survives a crash of this process.
+
+        Raises:
+            EngineError: the disk does not take it.
+        """
+        try:
+            self._file.write(_line(step).encode())
+        except OSError as error:
+            raise EngineError(
+                f"{self._path}: the loss cannot be written ({error.strerror}); make room and use "
+                "--resume to continue from the last saved state"
+            ) from None
 
     def __enter__(self) -> LossHistory:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def scan_folder(
         DataError: the folder is missing or empty, or images cannot be used; all are named.
     """
     images = _images(folder, "image_directory")
-    controls = _images(control_directory, "control_directory") if control_directory else None
+    controls = None
+    if control_directory:
+        controls = _by_stem(_images(control_directory, "control_directory"))
     samples: list[Sample] = []
     problems: list[str] = []
     for image in images:
@@ -88,9 +90,17 @@ def _caption(image: Path, extension: str) -> str:
     return caption
 
 
-def _controls(image: Path, controls: Sequence[Path]) -> tuple[Path, ...]:
-    pattern = re.compile(re.escape(image.stem) + r"(?:_(\d+))?")
-    found = [(match, path) for path in controls if (match := pattern.fullmatch(path.stem))]
-    if not found:
+def _by_stem(controls: Sequence[Path]) -> dict[str, list[tuple[int, Path]]]:
+    """Stem of an image -> its control images with their numbers, -1 for none."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in controls:
+        found.setdefault(path.stem, []).append((-1, path))
+        if match := re.fullmatch(r"(.*)_(\d+)", path.stem, re.DOTALL):
+            found.setdefault(match[1], []).append((int(match[2]), path))
+    return found
+
+
+def _controls(image: Path, controls: Mapping[str, Sequence[tuple[int, Path]]]) -> tuple[Path, ...]:
+    if image.stem not in controls:
         raise DataError(f"{image.name}: there is no control image of that name; add one")
-    return tuple(path for match, path in sorted(found, key=lambda item: int(item[0][1] or -1)))
+    return tuple(path for _, path in sorted(controls[image.stem], key=lambda item: item[0]))

@@ -14,8 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(Exception):
-    """The job was asked to stop; what it had computed is saved."""
+class Stopped(BaseException):
+    """The job was asked to stop; what it had computed is saved.
+
+    No `Exception`, as KeyboardInterrupt is none: it is raised inside libraries, and some of them
+    catch every `Exception` while they import modules or read files.
+    """
 
 
 class StopSignals:
@@ -48,6 +52,10 @@ class StopSignals:
         finally:
             self._shields -= 1
         self._stop_if_requested()
+
+    def hold(self) -> None:
+        """From here on signals only set ``requested``; the job looks at it and ends by itself."""
+        self._shields += 1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

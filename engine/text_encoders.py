@@ -5,7 +5,6 @@ Shapes: B texts, L tokens, D width.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from . import file_kinds
 from .errors import CheckpointError
-from .weights import Checkpoint, load_into, open_checkpoint
+from .weights import Checkpoint, load_into, open_checkpoint, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class T5TextEncoder:
         with a warning that names them.
         """
         length = min(max_length, self.tokenizer.model_max_length)
-        ids_BL = _token_ids(self.tokenizer, texts, length, self.module)
+        ids_BL = _token_ids(self.tokenizer, texts, length, self.module, "T5")
         return self.module(ids_BL, return_dict=False)[0]
 
 
@@ -55,7 +54,7 @@ class ClipTextEncoder:
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The embedding [B, D] at each text's end token, padded to the model's positions."""
         length = self.module.config.max_position_embeddings
-        ids_BL = _token_ids(self.tokenizer, texts, length, self.module)
+        ids_BL = _token_ids(self.tokenizer, texts, length, self.module, "CLIP")
         return self.module(ids_BL).pooler_output
 
 
@@ -89,7 +88,7 @@ def load_t5(
     table = next(
         (
             prefix + name
-            for name in ("shared.weight", "encoder.embed_tokens.weight")
+            for name in ("encoder.embed_tokens.weight", "shared.weight")
             if prefix + name in checkpoint.entries
         ),
         prefix + "shared.weight",
@@ -97,7 +96,8 @@ def load_t5(
     names |= {
         name: table for name in names if name.endswith(("shared.weight", "embed_tokens.weight"))
     }
-    _load(module, checkpoint, names, dtype=dtype, device=device)
+    _load(module, checkpoint, names, prefix, dtype=dtype, device=device)
+    _keep_precise(module)
     return T5TextEncoder(module, _tokenizer(path, tokenizer, "tokenizer1", config.vocab_size))
 
 
@@ -120,8 +120,23 @@ def load_clip(
         module = CLIPTextModel(config)
     # transformers 4 keeps everything below "text_model.", 5 does not.
     names = {name: prefix + name.removeprefix("text_model.") for name in module.state_dict()}
-    _load(module, checkpoint, names, dtype=dtype, device=device)
-    return ClipTextEncoder(module, _tokenizer(path, tokenizer, "tokenizer2", config.vocab_size))
+    _load(module, checkpoint, names, prefix, dtype=dtype, device=device)
+    encoder = ClipTextEncoder(module, _tokenizer(path, tokenizer, "tokenizer2", config.vocab_size))
+    if config.eos_token_id == 2:
+        _check_end(encoder.tokenizer, path)
+    return encoder
+
+
+def _check_end(tokenizer: Any, path: Path) -> None:
+    """Warn of a tokenizer whose texts CLIP would read elsewhere than at their end."""
+    ids = tokenizer("a").input_ids
+    if ids and ids[-1] != max(ids):
+        logger.warning(
+            "%s reads a text at its largest token id, which is not where %s ends it; "
+            "tokenizer2 may belong to another model",
+            path,
+            tokenizer.name_or_path,
+        )
 
 
 def _prefix(checkpoint: Checkpoint, probe: str, path: Path, wanted: str) -> str:
@@ -138,28 +153,44 @@ def _load(
     module: nn.Module,
     checkpoint: Checkpoint,
     names: Mapping[str, str],
+    prefix: str,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    fp8 = [key for key in checkpoint.entries if checkpoint.dtype(key).itemsize == 1]
-    if any(checkpoint.dtype(key).is_floating_point for key in fp8):
+    used = set(names.values())
+    types = [checkpoint.dtype(key) for key in used if key in checkpoint.entries]
+    if any(stored.itemsize == 1 and stored.is_floating_point for stored in types):
         raise CheckpointError(
             f"{checkpoint.paths[0]}: FP8 text encoders cannot be read by this version; "
             "use the fp16 or bf16 file"
         )
-    # Decoders, vision towers, projections and tables of positions are not part of the encoder.
-    used = set(names.values())
-    ignore = [key for key in checkpoint.entries if key not in used]
+    # Decoders, vision towers, projections and tables of positions are not part of the encoder,
+    # and a second copy of T5's table of tokens is not needed.
+    ignore = [
+        key
+        for key in checkpoint.entries
+        if not key.startswith(f"{prefix}encoder.") or key.endswith("embed_tokens.weight")
+    ]
     load_into(module, checkpoint, names, dtype=dtype, device=device, ignore=ignore)
     module.requires_grad_(False).eval()
+
+
+def _keep_precise(module: nn.Module) -> None:
+    """Hold the layers whose results leave the range of float16 in float32.
+
+    The same ones as transformers' ``from_pretrained``: the last of each feed-forward block.
+    """
+    for name, layer in module.named_modules():
+        if name.endswith(".DenseReluDense.wo") and layer.weight.dtype == torch.float16:
+            layer.float()
 
 
 def _folder_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
     if not path.is_dir() or not file.exists():
         return None
-    settings = json.loads(file.read_text("utf-8"))
+    settings = read_settings(file)
     for key in ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"):
         settings.pop(key, None)
     return settings
@@ -235,7 +266,15 @@ def _tokenizer(path: Path, named: Path | None, setting: str, vocabulary: int) ->
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     # Whatever the library raises for damaged files (ValueError, OSError, KeyError, its own).
     except Exception as error:  # noqa: BLE001
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{folder}: the tokenizer is damaged or of a kind we do not know ({reason}); "
+            "download it again"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no token for padding; {setting} belongs to another model"
+        )
     if len(tokenizer) > vocabulary:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but {path} knows {vocabulary}; "
@@ -258,12 +297,16 @@ def _holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], length: int, module: nn.Module) -> Tensor:
+def _token_ids(
+    tokenizer: Any, texts: Sequence[str], length: int, module: nn.Module, reader: str
+) -> Tensor:
     encoded = tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
     for text in texts:
         count = len(tokenizer(text, verbose=False).input_ids)
         if count > length:
-            logger.warning("caption of %d tokens is cut to %d: %s", count, length, text)
+            logger.warning(
+                "caption of %d tokens is cut to %d for %s: %s", count, length, reader, text
+            )
     return encoded.input_ids.to(next(module.parameters()).device)

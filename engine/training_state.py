@@ -40,7 +40,11 @@ class Progress:
 def save_state(
     path: Path, network: LoRANetwork, optimizer: Optimizer, scaler: GradScaler, progress: Progress
 ) -> None:
-    """Write the state; the file is either whole or the previous one."""
+    """Write the state; the file is either whole or the previous one.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, so nothing could be continued from it.
+    """
     tensors: dict[str, Tensor] = {}
     for name, adapter in network.adapters.items():
         tensors[f"lora.{name}.A"] = adapter.lora_A
@@ -59,6 +63,12 @@ def save_state(
         "scaler": scaler.state_dict(),
     }
     cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    for name, tensor in cpu.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} became NaN or infinite, so the state was not written; what was "
+                "saved before is untouched, start again with a lower learning_rate"
+            )
     save_tensors(path, cpu, {"lora_loom": json.dumps(header)})
 
 

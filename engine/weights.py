@@ -14,7 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +39,12 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Last parts of tensor names that only go with quantized weights.
+_QUANTIZATION = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "absmax")
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
 _WHOLE_FILE_BYTES = 64 * 2**20
 _MAX_HEADER_BYTES = 100 * 2**20
+_STAGING_BYTES = 4 * 2**20
 
 # A weight of our module comes from one tensor of the file, or from a part of it.
 Source = str | tuple[str, Callable[[Tensor], Tensor]]
@@ -56,14 +61,18 @@ class Entry:
     num_bytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
     """The tensors of one model on disk, by name; nothing is read until it is asked for."""
 
     paths: tuple[Path, ...]
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    _staging: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    # One for all reads: memory that came and went between the tensors of a 300 MB model left
+    # holes of up to 150 MB.
+    _staging: Tensor = field(
+        default_factory=lambda: torch.empty(_STAGING_BYTES, dtype=torch.uint8), repr=False
+    )
 
     def keys(self) -> list[str]:
         """Names of all tensors, in file order."""
@@ -77,10 +86,10 @@ class Checkpoint:
         """Stored type of one tensor."""
         return self.entries[key].dtype
 
-    def main_dtype(self) -> torch.dtype:
-        """The floating-point type that most of the stored bytes have; float32 if there is none."""
+    def main_dtype(self, keys: Iterable[str]) -> torch.dtype:
+        """The floating-point type that most bytes of ``keys`` have; float32 if there is none."""
         total: Counter[torch.dtype] = Counter()
-        for entry in self.entries.values():
+        for entry in (self.entries[key] for key in keys):
             if entry.dtype.is_floating_point:
                 total[entry.dtype] += entry.num_bytes
         return total.most_common(1)[0][0] if total else torch.float32
@@ -90,23 +99,21 @@ class Checkpoint:
     ) -> Tensor:
         """One tensor, cast to ``dtype`` (None keeps the stored type) and placed on ``device``.
 
-        Beside the result, memory holds one staging buffer of the largest tensor that was cast
-        or moved so far.
+        Beside the result, memory holds at most 4 MiB of the tensor as it is stored. Not to be
+        called by two threads at once.
         """
         entry = self.entries[key]
-        device = torch.device(device)
-        wanted = entry.dtype if dtype is None else dtype
-        if entry.dtype == wanted and device.type == "cpu":
-            result = torch.empty(entry.shape, dtype=wanted)
-            _fill(result, entry)
-            return result
-        if self._staging.numel() < entry.num_bytes:
-            self._staging = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._staging = torch.empty(entry.num_bytes, dtype=torch.uint8)
-        stored = self._staging[: entry.num_bytes].view(entry.dtype).view(entry.shape)
-        _fill(stored, entry)
-        result = torch.empty(entry.shape, dtype=wanted, device=device)
-        return result.copy_(stored)
+        result = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            if result.dtype == entry.dtype and result.device.type == "cpu":
+                _fill(result, file, entry)
+                return result
+            staging = self._staging.view(entry.dtype)
+            for part in result.view(-1).split(len(staging)):
+                _fill(staging[: len(part)], file, entry)
+                part.copy_(staging[: len(part)])
+        return result
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -153,23 +160,17 @@ def load_into(
         checkpoint: where the tensors are.
         key_map: name in ``module.state_dict()`` -> name in the file, or a pair of that name and
             a function that takes the stored tensor (already cast) and gives the part wanted.
-        dtype: type of every floating-point tensor; None takes the file's main type.
+        dtype: type of every floating-point tensor; None takes the type that most of them have.
         device: where the tensors go.
         ignore: names in the file that are allowed to stay unused.
 
     Raises:
         CheckpointError: a tensor is missing, left over or has another shape than the module.
     """
-    dtype = checkpoint.main_dtype() if dtype is None else dtype
     expected = module.state_dict()
     targets = _targets_by_source(expected, checkpoint, key_map)
-    left_over = checkpoint.entries.keys() - targets.keys() - set(ignore)
-    if left_over:
-        raise CheckpointError(
-            f"{checkpoint.paths[0]}: {_listed(left_over)} "
-            f"{'does' if len(left_over) == 1 else 'do'} not belong to this kind of model; "
-            f"the file looks like {file_kinds.describe(checkpoint.keys())}"
-        )
+    dtype = checkpoint.main_dtype(targets) if dtype is None else dtype
+    _refuse_left_over(checkpoint, checkpoint.entries.keys() - targets.keys() - set(ignore))
     loaded: dict[str, Tensor] = {}
     for source in checkpoint.entries:  # in file order, so that the disk is read forward
         if source not in targets:
@@ -185,6 +186,28 @@ def load_into(
                 )
             loaded[target] = tensor.contiguous()
     module.load_state_dict(loaded, strict=True, assign=True)
+    module.to(device)  # what is in no file, such as a table of positions
+
+
+def pipeline_part(path: Path, part: str) -> Path:
+    """The sub-folder ``part`` of a whole diffusers pipeline, or ``path`` if it is none."""
+    folder = path / part
+    return folder if folder.is_dir() else path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a JSON file that came with a model says.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: this is not readable JSON; download it again")
+    return settings
 
 
 def fingerprint(path: Path) -> str:
@@ -217,20 +240,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         save_file(owned, temporary, metadata=metadata)
 
 
-def _fill(tensor: Tensor, entry: Entry) -> None:
-    """Read the bytes of ``entry`` into the memory of a contiguous CPU tensor."""
-    if entry.num_bytes == 0:
+def _fill(tensor: Tensor, file: RawIOBase, entry: Entry) -> None:
+    """Read the next bytes of ``file`` into the memory of a contiguous CPU tensor."""
+    if tensor.numel() == 0:
         return
     bytes_ = tensor.view(-1).view(torch.uint8).numpy()
     view = memoryview(bytes_)  # pyright: ignore[reportArgumentType]
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        done = 0
-        while done < entry.num_bytes:  # one read returns at most 2 GiB
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{entry.path}: the file became shorter while it was read")
-            done += count
+    done = 0
+    while done < len(view):  # one read returns at most 2 GiB
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{entry.path}: the file became shorter while it was read")
+        done += count
 
 
 def _targets_by_source(
@@ -252,6 +273,20 @@ def _targets_by_source(
             f"the file looks like {file_kinds.describe(checkpoint.keys())}"
         )
     return targets
+
+
+def _refuse_left_over(checkpoint: Checkpoint, names: set[str]) -> None:
+    if scales := [name for name in names if name.rpartition(".")[2] in _QUANTIZATION]:
+        raise CheckpointError(
+            f"{checkpoint.paths[0]}: the weights are quantized ({min(scales)}), which cannot be "
+            "read by this version; use the bf16, fp16 or fp32 file"
+        )
+    if names:
+        raise CheckpointError(
+            f"{checkpoint.paths[0]}: {_listed(names)} "
+            f"{'does' if len(names) == 1 else 'do'} not belong to this kind of model; "
+            f"the file looks like {file_kinds.describe(checkpoint.keys())}"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -285,8 +320,8 @@ def _folder_files(folder: Path) -> list[Path]:
     """The files of the one model in a folder: all parts that an index names, or a single file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) == 1:
-        names = sorted(set(json.loads(indexes[0].read_text("utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        weight_map = read_settings(indexes[0]).get("weight_map", {})
+        files = [folder / name for name in sorted(set(weight_map.values()))]
         absent = [file.name for file in files if not file.exists()]
         if absent:
             raise CheckpointError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import file_kinds
 from ..errors import CheckpointError
-from ..weights import open_checkpoint
+from ..weights import open_checkpoint, pipeline_part
 from .base import Architecture
 from .flux_kontext import FluxKontext
 
@@ -26,7 +26,7 @@ def find_architecture(name: str, dit: Path | None) -> Architecture:
             "architecture is 'auto' but no diffusion model file (dit) was given to find it from; "
             f"set architecture to one of {', '.join(ARCHITECTURES)}"
         )
-    checkpoint = open_checkpoint(dit)
+    checkpoint = open_checkpoint(pipeline_part(dit, "transformer"))
     for architecture in ARCHITECTURES.values():
         if architecture.recognises(checkpoint):
             return architecture

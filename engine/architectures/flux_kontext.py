@@ -10,9 +10,10 @@ Shapes: B batch, C latent channels, T = 1 frame, H W latent height and width, N 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +26,20 @@ from ..autoencoders import ImageAutoencoder, load_autoencoder
 from ..errors import CheckpointError
 from ..key_table import Row, fusions, key_map, published_state_dict
 from ..text_encoders import ClipTextEncoder, T5TextEncoder, load_clip, load_t5
-from ..weights import Checkpoint, load_into, open_checkpoint
+from ..weights import Checkpoint, load_into, open_checkpoint, pipeline_part, read_settings
 from .base import Conditions
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 _PROBE = "double_blocks.0.img_attn.qkv.weight"
 _DIFFUSERS_PROBE = "transformer_blocks.0.attn.to_q.weight"
+# Parts of names in transformers that are built from the same blocks.
+_RELATIVES = (
+    "individual_token_refiner",  # HunyuanVideo
+    "distilled_guidance_layer",  # Chroma
+    "double_stream_modulation",  # FLUX.2
+    "pos_embed.proj",  # SD3
+    "controlnet_",
+)
 
 
 def _double(published: str, *inner: str, weight_name: str = "weight") -> Row:
@@ -99,8 +108,8 @@ class FluxKontext:
         keys = checkpoint.entries.keys()
         published = any(prefix + _PROBE in keys for prefix in _PREFIXES)
         diffusers = _DIFFUSERS_PROBE in keys and "context_embedder.weight" in keys
-        is_hunyuan = any("individual_token_refiner" in key for key in keys)
-        return (published or diffusers) and not is_hunyuan
+        relative = any(part in key for key in keys for part in _RELATIVES)
+        return (published or diffusers) and not relative
 
     def load_transformer(
         self, path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -113,13 +122,15 @@ class FluxKontext:
         from accelerate import init_empty_weights
         from diffusers import FluxTransformer2DModel
 
-        checkpoint = open_checkpoint(_transformer_folder(path))
+        path = pipeline_part(path, "transformer")
+        checkpoint = open_checkpoint(path)
         if not self.recognises(checkpoint):
             raise CheckpointError(
                 f"{path}: this is {file_kinds.describe(checkpoint.keys())}, "
                 "not a FLUX.1 transformer"
             )
         published = _DIFFUSERS_PROBE not in checkpoint.entries
+        checkpoint = _norms_as_published(checkpoint) if published else checkpoint
         prefix = _find_prefix(checkpoint) if published else ""
         with init_empty_weights():
             transformer = FluxTransformer2DModel(**_config(checkpoint, prefix, published, path))
@@ -199,7 +210,13 @@ class FluxKontext:
         self, path: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"
     ) -> ImageAutoencoder:
         """FLUX's autoencoder, whose latents are normalised as ``(latent - 0.1159) * 0.3611``."""
-        return load_autoencoder(path, dtype=dtype, device=device, scale=0.3611, shift=0.1159)
+        autoencoder = load_autoencoder(path, dtype=dtype, device=device, scale=0.3611, shift=0.1159)
+        if autoencoder.latent_channels != self.latent_channels:
+            raise CheckpointError(
+                f"{path}: the latents of this autoencoder have {autoencoder.latent_channels} "
+                f"channels, those of FLUX.1 {self.latent_channels}; use ae.safetensors or TAEF1"
+            )
+        return autoencoder
 
     def load_text_encoders(
         self,
@@ -227,13 +244,17 @@ class FluxKontext:
         ]
 
 
-def _transformer_folder(path: Path) -> Path:
-    """A whole pipeline folder keeps its transformer in a sub-folder."""
-    return path / "transformer" if (path / "transformer").is_dir() else path
-
-
 def _find_prefix(checkpoint: Checkpoint) -> str:
     return next(prefix for prefix in _PREFIXES if prefix + _PROBE in checkpoint.entries)
+
+
+def _norms_as_published(checkpoint: Checkpoint) -> Checkpoint:
+    """ComfyUI's nodes that save models call the scale of a norm "weight" (seen in 0.33)."""
+    entries = {
+        re.sub(r"\.(query|key)_norm\.weight$", r".\1_norm.scale", key): entry
+        for key, entry in checkpoint.entries.items()
+    }
+    return replace(checkpoint, entries=entries)
 
 
 def _config(checkpoint: Checkpoint, prefix: str, published: bool, path: Path) -> dict:
@@ -278,9 +299,24 @@ def _config(checkpoint: Checkpoint, prefix: str, published: bool, path: Path) ->
             "vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"
         )[1],
         "guidance_embeds": prefix + guidance in checkpoint.entries,
-        # Published as (16, 56, 56) for heads of 128, the only width there is.
-        "axes_dims_rope": (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        "axes_dims_rope": _axes(path, head_dim, published),
     }
+
+
+def _axes(path: Path, head_dim: int, published: bool) -> tuple[int, ...]:
+    """How much of a head encodes image index, row and column; no tensor's shape tells."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not published and file.exists():
+        axes = read_settings(file).get("axes_dims_rope", ())
+        if sum(axes) == head_dim:
+            return tuple(axes)
+    if head_dim % 32:
+        raise CheckpointError(
+            f"{path}: heads are {head_dim} wide, not 128 as in FLUX.1; put the config.json that "
+            "says axes_dims_rope beside the file"
+        )
+    # Published as (16, 56, 56) for heads of 128, the only width there is.
+    return head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16
 
 
 def _count_blocks(checkpoint: Checkpoint, prefix: str) -> int:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0
 AUTOENCODER_STEPS = 6500
-BASE_STEPS = 9000
+BASE_STEPS = 7500
 NUM_THREADS = 2
 
 

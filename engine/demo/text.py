@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 _VOCABULARY = 480
-T5_TOKENS = 32
-CLIP_TOKENS = 32
+T5_TOKENS = 24
+CLIP_TOKENS = 24
 
 
 def t5_tokenizer(captions: Iterable[str]) -> Any:
-    """A byte-level BPE with T5's special tokens first; pads to 32 tokens."""
+    """A byte-level BPE with T5's special tokens first; pads to 24 tokens."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError, DataError
 from ..events import Finished, Message, Progress, Reporter
 from ..manifest import Sample, scan_folder
 from ..signals import StopSignals
+from .outputs import explained
 
 _DECODE_AHEAD = 8
 _TEXT_BATCH = 8
@@ -208,7 +209,8 @@ def _encode_latents(
         encoded = [autoencoder.encode(picture[None].to(device))[0] for picture in pictures]
         tensors: dict[str, Tensor] = {"latents": encoded[0]}
         tensors |= {f"control_latents_{index}": value for index, value in enumerate(encoded[1:])}
-        latent_cache.write_cache(entry.latents, tensors, entry.latent_facts)
+        with explained(entry.latents):
+            latent_cache.write_cache(entry.latents, tensors, entry.latent_facts)
         report(Progress("cache images", done, len(entries), unit="image"))
 
 
@@ -248,7 +250,8 @@ def _encode_text(
         captions = [entry.sample.caption for entry in chosen]
         encoded = architecture.encode_text(encoders, captions, config.dataset.text_max_length)
         for entry, tensors in zip(chosen, encoded, strict=True):
-            latent_cache.write_cache(entry.text, tensors, entry.text_facts)
+            with explained(entry.text):
+                latent_cache.write_cache(entry.text, tensors, entry.text_facts)
         report(Progress("cache captions", start + len(chosen), len(entries), unit="caption"))
 
 

@@ -6,10 +6,9 @@ Encoders, transformer and decoder are in memory one after the other, never toget
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from ..autoencoders import ImageAutoencoder
 from ..config import Config, GenerateConfig
 from ..errors import ConfigError, DataError
 from ..events import Finished, Progress, Reporter, Saved
-from ..signals import StopSignals
+from ..signals import Stopped, StopSignals
 from .cache import load_text_encoders
-
-logger = logging.getLogger(__name__)
+from .outputs import explained
 
 
 def run(config: Config, report: Reporter) -> list[Path]:
@@ -39,20 +37,30 @@ def run(config: Config, report: Reporter) -> list[Path]:
 
     Raises:
         EngineError: a setting or file cannot be used.
-        Stopped: a signal ended the job; finished pictures are kept.
+        Stopped: a signal ended the job; finished pictures are written.
     """
     config.require("dit", "vae", "text_encoder1", "text_encoder2", "save_path")
     prompts = _prompts(config.generate)
     width, height = config.generate.image_size
-    with StopSignals():
+    finished: list[Tensor] = []
+    with StopSignals() as stop:
         architecture = find_architecture(config.model.architecture, config.model.dit)
         _check_size(width, height, architecture)
         device = hardware.find_device(config.runtime.device)
         conditions = _text_conditions(config, architecture, prompts, device)
         controls = _control_conditions(config, architecture, device)
-        latents = _sample_all(config, architecture, conditions, controls, device, report)
-        paths = _decode_all(config, architecture, prompts, latents, device, report)
-    report(Finished("generate"))
+        conditions = [item | controls for item in conditions]
+        try:
+            for latents in _sampled(config, architecture, conditions, device, report):
+                finished.append(latents)
+            stop.hold()
+        except Stopped:
+            if not finished:
+                raise
+        paths = _decode_all(config, architecture, prompts, finished, device, report)
+    report(Finished("generate", stopped=len(paths) < len(prompts)))
+    if len(paths) < len(prompts):
+        raise Stopped(f"stopped after {len(paths)} of {len(prompts)} pictures, which are saved")
     return paths
 
 
@@ -136,7 +144,9 @@ def _text_conditions(
 ) -> list[dict[str, Tensor]]:
     """Conditions [1, ...] of each prompt; the encoders are gone afterwards."""
     encoders = load_text_encoders(config, architecture, device)
-    encoded = architecture.encode_text(encoders, list(prompts), config.dataset.text_max_length)
+    length = config.dataset.text_max_length
+    # One at a time: in a batch the last bits of a text's embedding depend on the other texts.
+    encoded = [architecture.encode_text(encoders, [prompt], length)[0] for prompt in prompts]
     return [{name: tensor[None] for name, tensor in item.items()} for item in encoded]
 
 
@@ -168,32 +178,39 @@ def _autoencoder(
     return architecture.load_autoencoder(config.model.vae, dtype=dtype, device=device)
 
 
-def _sample_all(
+def _sampled(
     config: Config,
     architecture: Architecture,
     conditions: Sequence[dict[str, Tensor]],
-    controls: dict[str, Tensor],
     device: torch.device,
     report: Reporter,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
+    """Latents for each of the conditions."""
     settings = config.generate
     width, height = settings.image_size
     transformer = load_with_loras(config, architecture, device)
     noise = initial_noise(architecture, width=width, height=height, seed=config.runtime.seed)
-    shift = settings.flow_shift or architecture.timestep_shift(*noise.shape[-2:])
-    sampling = SamplingSettings(settings.infer_steps, shift, settings.embedded_cfg_scale)
+    sampling = SamplingSettings(
+        settings.infer_steps, _shift(config, architecture), settings.embedded_cfg_scale
+    )
     clock = _Clock(len(conditions) * settings.infer_steps, report)
-    return [
-        sample(
+    for item in conditions:
+        yield sample(
             architecture,
             transformer,
             noise.to(device),
-            {name: tensor.to(device) for name, tensor in (item | controls).items()},
+            {name: tensor.to(device) for name, tensor in item.items()},
             sampling,
             lambda step, latents: clock.tick(),
         )
-        for item in conditions
-    ]
+
+
+def _shift(config: Config, architecture: Architecture) -> float:
+    """The shift that is asked for, or the family's for the size of the picture."""
+    width, height = config.generate.image_size
+    scale = architecture.pixels_per_latent
+    own = architecture.timestep_shift(height // scale, width // scale)
+    return config.generate.flow_shift or own
 
 
 class _Clock:
@@ -227,28 +244,34 @@ def _decode_all(
     device: torch.device,
     report: Reporter,
 ) -> list[Path]:
+    """Write the pictures of the first prompts, as many as there are latents."""
     autoencoder = _autoencoder(config, architecture, device)
     folder = config.generate.save_path
     assert folder is not None
     paths: list[Path] = []
-    for prompt, latent in zip(prompts, latents, strict=True):
+    failed: list[str] = []
+    for prompt, latent in zip(prompts, latents, strict=False):
         if not latent.isfinite().all():
-            raise DataError(
-                f"the model gave NaN or infinite latents for {prompt!r}; try "
-                "mixed_precision = 'no' or a lower LoRA multiplier"
-            )
+            failed.append(prompt)
+            continue
         image = media.to_image(autoencoder.decode(latent)[0])
         path = _free_path(folder, prompt, config.runtime.seed)
-        with replacing(path) as temporary:
+        with explained(path), replacing(path) as temporary:
             image.save(temporary, format="PNG", pnginfo=_png_info(config, architecture, prompt))
         report(Saved(str(path), "image"))
         paths.append(path)
+    if failed:
+        raise DataError(
+            f"the model gave NaN or infinite latents for {', '.join(map(repr, failed))}; try "
+            "mixed_precision = 'no' or a lower LoRA multiplier"
+        )
     return paths
 
 
 def _free_path(folder: Path, prompt: str, seed: int) -> Path:
     """A file name a person recognises, with a number when it is taken."""
-    words = re.sub(r"[^\w]+", "_", prompt).strip("_")[:60] or "picture"
+    # 50 letters are at most 200 of the 255 bytes that a name may have.
+    words = re.sub(r"[^\w]+", "_", prompt).strip("_")[:50] or "picture"
     number = 1
     while (path := folder / f"{words}_{seed}_{number:02d}.png").exists():
         number += 1
@@ -269,7 +292,8 @@ def _png_info(config: Config, architecture: Architecture, prompt: str) -> Any:
         "steps": settings.infer_steps,
         "sampler": "euler",
         "guidance": settings.embedded_cfg_scale,
-        "flow_shift": settings.flow_shift,
+        "flow_shift": _shift(config, architecture),
+        "mixed_precision": config.training.mixed_precision,
         "loras": [{"file": path.name, "multiplier": value} for path, value in settings.loras],
         "control_images": [path.name for path in settings.control_image_path],
     }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from ..architectures.base import Architecture
 from ..config import Config
-from ..errors import ConfigError
+from ..config_file import to_toml
+from ..errors import ConfigError, EngineError
 
 
 @dataclass(frozen=True)
@@ -39,34 +46,97 @@ class RunFiles:
     def lora_at_epoch(self, epoch: int) -> Path:
         return self.folder / f"{self.name}-{epoch:06d}.safetensors"
 
+    def numbered_loras(self) -> list[Path]:
+        """The LoRAs that were kept at some step or epoch, as far as they exist."""
+        return self._matching(r"-(step\d{8}|\d{6})\.safetensors")
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed while it wrote one of the files left behind."""
+        ending = r"(\.toml|\.loss_history\.jsonl|(-state|-step\d{8}|-\d{6})?\.safetensors)"
+        for path in self._matching(rf"{ending}\.\d+\.tmp", before="."):
+            path.unlink(missing_ok=True)
+
+    def _matching(self, ending: str, *, before: str = "") -> list[Path]:
+        pattern = re.compile(re.escape(before + self.name) + ending)
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
+
 
 def find_start(config: Config) -> tuple[RunFiles, Path | None]:
     """The run's files and the state to continue from, if any.
 
     Raises:
-        ConfigError: a new run would replace the files of another one, or the state that was
-            named does not exist.
+        ConfigError: the run would replace the files of another one, or the state that was named
+            does not exist.
     """
     output = config.output
     assert output.output_dir is not None and output.output_name is not None
     files = RunFiles(output.output_dir, output.output_name)
+    state: Path | None = None
     if isinstance(output.resume, Path):
-        if not output.resume.exists():
-            raise ConfigError(f"resume: {output.resume} does not exist; give a -state.safetensors")
-        return files, output.resume
-    if output.resume:
-        return files, files.state if files.state.exists() else None
-    present = [path.name for path in (files.lora, files.state) if path.exists()]
+        state = output.resume
+        if not state.exists():
+            raise ConfigError(f"resume: {state} does not exist; give a -state.safetensors")
+        if files.state.exists() and state.samefile(files.state):
+            return files, files.state
+    elif output.resume:
+        if files.state.exists():
+            return files, files.state
+        if files.lora.exists() and not output.overwrite:
+            raise ConfigError(
+                f"{files.folder} holds {files.lora.name}, but no {files.state.name} to continue "
+                "from; use another output_name, or --overwrite to start again"
+            )
+        return files, None
+    present = [path.name for path in _taken(files, config)]
     if present and not output.overwrite:
+        more = f" and {len(present) - 2} more" if len(present) > 2 else ""
         raise ConfigError(
-            f"{files.folder} already holds {' and '.join(present)}; use --resume to continue that "
-            "run, another output_name for a new one, or --overwrite to replace it"
+            f"{files.folder} already holds {', '.join(present[:2])}{more}; use --resume to "
+            "continue that run, another output_name for a new one, or --overwrite to replace it"
         )
-    return files, None
+    return files, state
+
+
+def _taken(files: RunFiles, config: Config) -> Iterator[Path]:
+    """What a new run would replace."""
+    yield from (path for path in (files.lora, files.state) if path.exists())
+    yield from files.numbered_loras()
+    # A run that failed in its first step leaves an empty one.
+    if files.history.exists() and files.history.stat().st_size:
+        yield files.history
+    # Whoever starts us may have written the recipe there already; another one may be precious.
+    if files.recipe.exists() and files.recipe.read_bytes() != to_toml(config).encode():
+        yield files.recipe
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the disk says while ``path`` is written into one sentence.
+
+    Raises:
+        EngineError: the file could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise EngineError(
+            f"{path}: the file cannot be written ({reason or error}); make room or choose another "
+            "folder. What was saved before is untouched"
+        ) from None
 
 
 def lora_metadata(
-    config: Config, architecture: str, *, step: int, epoch: int, num_items: int, started: float
+    config: Config,
+    architecture: Architecture,
+    *,
+    step: int,
+    total_steps: int,
+    epoch: int,
+    num_items: int,
+    started: float,
 ) -> dict[str, str]:
     """What is written into a LoRA file about how it was made (``ss_*`` and ``modelspec.*``).
 
@@ -75,9 +145,12 @@ def lora_metadata(
     """
     network, optimizer, training = config.network, config.optimizer, config.training
     width, height = config.dataset.resolution
+    sampling = config.timesteps.timestep_sampling
+    if sampling == "auto":
+        sampling = architecture.default_timestep_sampling
     facts = {
         "ss_output_name": config.output.output_name,
-        "ss_base_model_version": architecture,
+        "ss_base_model_version": architecture.name,
         "ss_network_module": network.network_module,
         "ss_network_dim": network.network_dim,
         "ss_network_alpha": network.alpha,
@@ -86,11 +159,11 @@ def lora_metadata(
         "ss_lr_scheduler": optimizer.lr_scheduler,
         "ss_lr_warmup_steps": optimizer.lr_warmup_steps,
         "ss_max_grad_norm": optimizer.max_grad_norm,
-        "ss_timestep_sampling": config.timesteps.timestep_sampling,
+        "ss_timestep_sampling": sampling,
         "ss_discrete_flow_shift": config.timesteps.discrete_flow_shift,
         "ss_sigmoid_scale": config.timesteps.sigmoid_scale,
         "ss_guidance_scale": config.timesteps.guidance_scale,
-        "ss_max_train_steps": training.max_train_steps,
+        "ss_max_train_steps": total_steps,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_mixed_precision": training.mixed_precision,
@@ -107,12 +180,12 @@ def lora_metadata(
     return {key: str(value) for key, value in facts.items()}
 
 
-def modelspec_metadata(config: Config, modelspec_architecture: str) -> dict[str, str]:
+def modelspec_metadata(config: Config, architecture: Architecture) -> dict[str, str]:
     """The ``modelspec.*`` keys of a LoRA file."""
     width, height = config.dataset.resolution
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{modelspec_architecture}/lora",
+        "modelspec.architecture": f"{architecture.modelspec_architecture}/lora",
         "modelspec.implementation": "LoRA Loom",
         "modelspec.title": str(config.output.output_name),
         "modelspec.resolution": f"{width}x{height}",

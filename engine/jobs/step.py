@@ -63,22 +63,26 @@ class OptimizerStep:
 
     def __call__(self, batches: Sequence[tuple[int, Batch]]) -> StepResult:
         """Accumulate the gradient over (index, batch) pairs and update once."""
-        result = self.accumulate(batches)
+        result = self.accumulate(batches, len(batches))
         self.update()
         return result
 
-    def accumulate(self, batches: Sequence[tuple[int, Batch]]) -> StepResult:
-        """The mean gradient over (index, batch) pairs; parameters do not change."""
+    def accumulate(self, batches: Iterable[tuple[int, Batch]], num_batches: int) -> StepResult:
+        """The mean gradient over ``num_batches`` (index, batch) pairs; parameters do not change.
+
+        One batch is taken at a time, so that memory does not grow with their number.
+        """
         losses: list[Tensor] = []
         times: list[Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
-        for position, (index, batch) in enumerate(batches):
-            last = position == len(batches) - 1
+        for index, batch in batches:
+            last = len(losses) == num_batches - 1
             with nullcontext() if last else self.no_sync():
                 loss, t_B = self._loss(index, batch)
-                self.scaler.scale(loss / len(batches)).backward()
+                self.scaler.scale(loss / num_batches).backward()
             losses.append(loss.detach())
             times.append(t_B.mean())
+        assert len(losses) == num_batches
         return StepResult(torch.stack(losses).mean(), torch.stack(times).mean())
 
     def update(self) -> None:
@@ -92,7 +96,8 @@ class OptimizerStep:
     def _loss(self, index: int, batch: Batch) -> tuple[Tensor, Tensor]:
         latents = batch["latents"]
         draws_B = torch.rand(latents.shape[0], generator=seeds.generator(self.seed, "time", index))
-        t_B = self.sample_times(draws_B, *latents.shape[-2:]).to(latents.device)
+        t_B = self.sample_times(draws_B, *latents.shape[-2:])
+        t_B = t_B.to(latents.device, non_blocking=True)  # else the CPU waits for the GPU here
         generator = seeds.generator(self.seed, "noise", index, latents.device)
         return flow_loss(self.model, batch, t_B, guidance=self.guidance, generator=generator), t_B
 

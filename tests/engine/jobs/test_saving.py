@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from pack.engine import lora, lora_file, training_state
+from pack.engine.architectures.flux_kontext import FluxKontext
+from pack.engine.config_file import load_config
+from pack.engine.errors import CheckpointError, EngineError
+from pack.engine.events import Event, Saved
+from pack.engine.jobs.outputs import RunFiles
+from pack.engine.jobs.saving import RunSaver
+from pack.engine.optimizers import create
+from pack.engine.weights import open_checkpoint
+from pack.tests.engine.jobs import tiny
+from safetensors.torch import load_file
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+NAME = "double_blocks.0.img_attn.proj"
+
+
+class Run:
+    """A saver for one adapter whose values are all the same number."""
+
+    def __init__(self, folder: Path, *, width: int = 4, **settings: Any) -> None:
+        self.events: list[Event] = []
+        model = nn.Sequential(nn.Linear(width, width)).requires_grad_(False)
+        network = lora.inject(
+            model, {NAME: ("0",)}, rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+        )
+        optimizer = create("AdamW", list(network.parameters()), lr=0.1, arguments={})
+        self.shapes = {NAME: (width, width)}
+        self.saver = RunSaver(
+            config=tiny.config(output_dir=folder, output_name="run", **settings),
+            architecture=FluxKontext(),
+            files=RunFiles(folder, "run"),
+            network=network,
+            shapes=self.shapes,
+            optimizer=optimizer,
+            scaler=GradScaler("cpu", enabled=False),
+            recipe={"network_dim": 2},
+            data="data",
+            num_items=1,
+            total_steps=10,
+            report=self.events.append,
+        )
+        self.fill(0.0)
+
+    @torch.no_grad()
+    def fill(self, value: float) -> None:
+        for parameter in self.saver.network.parameters():
+            parameter.fill_(value)
+
+    def value(self, path: Path) -> float:
+        """The number that a whole LoRA file is filled with."""
+        weights = lora_file.load_lora(path, self.shapes)[NAME]
+        found = torch.cat([weights.down_RI.flatten(), weights.up_OR.flatten()]).unique()
+        assert found.numel() == 1
+        return found.item()
+
+
+def nothing() -> None:
+    pass
+
+
+def saved(run: Run) -> list[tuple[str, int | None]]:
+    return [(Path(e.path).name, e.step) for e in run.events if isinstance(e, Saved)]
+
+
+def test_lora_recipe_and_state_are_saved_in_this_order(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_precision="fp16", network_dim=2)
+    run.fill(0.1)
+    run.saver.save(7, 2)
+    assert saved(run) == [("run.safetensors", 7), ("run.toml", 7), ("run-state.safetensors", 7)]
+
+    files = run.saver.files
+    assert load_config(files.recipe, {}, {}) == run.saver.config
+    assert training_state.read_progress(files.state).step == 7
+    checkpoint = open_checkpoint(files.lora)
+    assert checkpoint.metadata["ss_steps"] == "7" and checkpoint.metadata["ss_epoch"] == "2"
+    assert checkpoint.dtype(f"diffusion_model.{NAME}.lora_B.weight") == torch.float16
+    # The state keeps what the file rounds.
+    state = load_file(files.state)
+    assert state[f"lora.{NAME}.B"][0, 0].item() == torch.tensor(0.1).item()
+
+
+def test_loras_of_steps_and_epochs_are_saved_when_they_are_due(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_every_n_steps=4, save_every_n_epochs=2)
+    flushed: list[int] = []
+    for step in range(1, 9):
+        # Two epochs end in every third step.
+        ended = range(step // 3 * 2 - 1, step // 3 * 2 + 1) if step % 3 == 0 else range(0)
+        run.saver.save_if_due(step, 1, ended, before=lambda step=step: flushed.append(step))
+    assert saved(run) == [
+        ("run-000002.safetensors", 3),
+        ("run-state.safetensors", 3),
+        ("run-step00000004.safetensors", 4),
+        ("run-state.safetensors", 4),
+        ("run-000004.safetensors", 6),
+        ("run-state.safetensors", 6),
+        ("run-step00000008.safetensors", 8),
+        ("run-state.safetensors", 8),
+    ]
+    assert flushed == [3, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("minutes", "waited", "due"), [(10, 601, 1), (10, 599, 0), (0, 9999, 0)])
+def test_the_state_is_saved_after_some_minutes(
+    tmp_path: Path, minutes: float, waited: float, due: int
+) -> None:
+    run = Run(tmp_path, autosave_minutes=float(minutes))
+    run.saver.last_save = time.monotonic() - waited
+    for step in (1, 2):
+        run.saver.save_if_due(step, 1, range(0), before=nothing)
+    assert saved(run) == [("run-state.safetensors", 1)] * due
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_never_replace_good_files(tmp_path: Path, value: float) -> None:
+    run = Run(tmp_path)
+    run.saver.save(1, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run.fill(value)
+    for save in (lambda: run.saver.save(2, 1), lambda: run.saver.save_state(2)):
+        with pytest.raises(CheckpointError, match="became NaN or infinite"):
+            save()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
+@pytest.mark.parametrize(("what", "width"), [("lora", 1024), ("recipe", 4), ("state", 1024)])
+def test_a_full_disk_is_one_sentence_and_keeps_the_file(
+    tmp_path: Path, what: str, width: int
+) -> None:
+    run = Run(tmp_path, width=width)
+    run.saver.save(1, 1)
+    files = run.saver.files
+    path = {"lora": files.lora, "recipe": files.recipe, "state": files.state}[what]
+    before = path.read_bytes()
+    # Less than the adapter of the wide layer takes, and less than the recipe.
+    with tiny.file_size_limit(4096), pytest.raises(EngineError) as caught:
+        run.saver.save_state(2) if what == "state" else run.saver.save(2, 1)
+    assert f"{path}: the file cannot be written" in str(caught.value)
+    assert "File too large" in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def save_forever(run: Run) -> NoReturn:
+    try:
+        for value in itertools.cycle((1.0, 2.0)):
+            run.fill(value)
+            run.saver.save_lora(run.saver.files.lora, 1, 1)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked")
+def test_a_file_whose_writer_is_killed_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, width=1024)
+    run.saver.save(0, 1)
+    values: set[float] = set()
+    left = 0
+    for attempt in range(10):
+        writer = os.fork()
+        if not writer:
+            save_forever(run)
+        time.sleep(0.05 + 0.01 * attempt)
+        os.kill(writer, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
+        values.add(run.value(run.saver.files.lora))
+        left += len(list(tmp_path.glob(".*.tmp")))
+        run.saver.files.remove_leftovers()
+    # That some were killed while they wrote shows that this is put to the test.
+    assert values & {1.0, 2.0} and left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "run-state.safetensors",
+        "run.safetensors",
+        "run.toml",
+    ]

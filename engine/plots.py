@@ -8,7 +8,7 @@ from pathlib import Path
 from .atomic_file import replacing
 from .loss_history import Step
 
-_SMOOTHING = 0.95
+_SMOOTHING = 0.9
 
 
 def smoothed(values: Sequence[float], *, decay: float = _SMOOTHING) -> list[float]:

@@ -116,6 +116,7 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": tokenizer.model_max_length,
         "clean_up_tokenization_spaces": False,
+        "add_prefix_space": True,  # transformers 4 turns it off unless told here
         **special,
     }
     _write_json(folder / "tokenizer_config.json", settings)

@@ -90,7 +90,7 @@ def stored(state: dict[str, Tensor], folder: Path) -> Path:
     return folder / "encoder.safetensors"
 
 
-def t5_output(module: nn.Module, tokenizer: Any, length: int = 32) -> Tensor:
+def t5_output(module: nn.Module, tokenizer: Any, length: int = text.T5_TOKENS) -> Tensor:
     """What transformers gives for the captions, with padding like any other token."""
     rows = [tokenizer(caption).input_ids for caption in CAPTIONS]
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -247,9 +247,9 @@ def test_padding_takes_part_in_attention(tmp_path: Path, t5_words: Path, t5_toke
     encoder = load_t5(stored(t5_state(t5_module()), tmp_path), t5_words, dtype=None)
     tokens = len(t5_tokenizer(CAPTIONS[0]).input_ids)
 
-    short, padded = (encoder.encode(CAPTIONS[:1], length) for length in (tokens, 32))
+    short, padded = (encoder.encode(CAPTIONS[:1], length) for length in (tokens, text.T5_TOKENS))
 
-    assert short.shape == (1, tokens, 64) and padded.shape == (1, 32, 64)
+    assert short.shape == (1, tokens, 64) and padded.shape == (1, text.T5_TOKENS, 64)
     assert (short - padded[:, :tokens]).abs().max() > 0.01
 
 
@@ -260,7 +260,7 @@ def test_long_captions_are_cut_with_a_warning_and_still_end(
     module = t5_module()
     encoder = load_t5(stored(t5_state(module), tmp_path), t5_words, dtype=None)
     ids = t5_tokenizer(LONG).input_ids
-    kept = min(asked, 32)  # the tokenizer's own limit
+    kept = min(asked, text.T5_TOKENS)  # the tokenizer's own limit
 
     with caplog.at_level(logging.WARNING):
         output = encoder.encode([LONG, "a"], asked)
@@ -281,7 +281,7 @@ CLIP_FILES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
         | {"model.diffusion_model.img_in.weight": torch.zeros(300, 300, dtype=torch.float8_e4m3fn)}
     ),
     "with a table of positions": lambda state: (
-        state | {"text_model.embeddings.position_ids": torch.arange(32)[None]}
+        state | {"text_model.embeddings.position_ids": torch.arange(text.CLIP_TOKENS)[None]}
     ),
     "with a projection": lambda state: (
         state | {"text_projection.weight": torch.zeros(8, 128), "logit_scale": torch.tensor(1.0)}
@@ -358,9 +358,11 @@ def test_clip_cuts_at_its_positions_and_reads_the_end_token_there(
         output = encoder.encode([LONG])
 
     with torch.no_grad():
-        states = module(input_ids=torch.tensor([[*ids[:31], ids[-1]]])).last_hidden_state
+        cut = [*ids[: text.CLIP_TOKENS - 1], ids[-1]]
+        states = module(input_ids=torch.tensor([cut])).last_hidden_state
     torch.testing.assert_close(output, states[:, -1], rtol=0, atol=5e-6)
-    assert warnings(caplog) == [f"caption of {len(ids)} tokens is cut to 32 for CLIP: {LONG}"]
+    told = f"caption of {len(ids)} tokens is cut to {text.CLIP_TOKENS} for CLIP: {LONG}"
+    assert warnings(caplog) == [told]
 
 
 def test_every_tensor_reaches_the_device(tmp_path: Path, t5_words: Path, clip_words: Path) -> None:

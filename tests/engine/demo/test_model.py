@@ -102,3 +102,10 @@ def test_tokenizers_name_a_class_that_transformers_4_and_5_know(name: str) -> No
 
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_max_length"] == 24
+
+
+def test_captions_are_read_as_in_training_whatever_the_library(model: draw.TinyModel) -> None:
+    for encoder in (model.text_encoders.t5, model.text_encoders.clip):
+        first, second = encoder.tokenizer(["a red star", "on a red star"]).input_ids
+        # The first word is the same token at the start of a text as inside it.
+        assert set(first) <= set(second)

@@ -16,7 +16,7 @@ from pack.engine.config import Config
 from pack.engine.config_file import to_toml
 from pack.tests.engine.jobs import tiny
 
-_LONGEST_SECONDS = 120
+_LONGEST_SECONDS = 300
 
 
 @pytest.fixture(scope="session")

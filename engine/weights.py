@@ -233,11 +233,12 @@ def fingerprint(path: Path) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that is either whole or absent."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     owned = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(owned, temporary, metadata=metadata)
+        # save_file makes a temporary file of its own, which a killed process leaves behind.
+        temporary.write_bytes(save(owned, metadata))
 
 
 def _fill(tensor: Tensor, file: RawIOBase, entry: Entry) -> None:

@@ -145,7 +145,7 @@ def _text_conditions(
     """Conditions [1, ...] of each prompt; the encoders are gone afterwards."""
     encoders = load_text_encoders(config, architecture, device)
     length = config.dataset.text_max_length
-    # One at a time: in a batch the last bits of a text's embedding depend on the other texts.
+    # One at a time: in a batch the last bits of an embedding may depend on the other texts.
     encoded = [architecture.encode_text(encoders, [prompt], length)[0] for prompt in prompts]
     return [{name: tensor[None] for name, tensor in item.items()} for item in encoded]
 

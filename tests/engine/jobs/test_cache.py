@@ -295,7 +295,7 @@ def test_what_was_encoded_before_a_signal_stays(
 
     def stop_after_two(event: Event) -> None:
         if isinstance(event, Progress) and event.done == 2:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     with pytest.raises(Stopped):
         cache.run(tiny.config(folder.settings), stop_after_two)

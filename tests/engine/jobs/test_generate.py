@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,8 @@ def test_a_control_image_changes_the_picture(draw: Draw, tmp_path: Path) -> None
     [black], [white] = (draw("a", control_image_path=[path]) for path in controls)
     [both] = draw("a", control_image_path=controls)
     pictures = [plain, black, white, both]
-    assert all(difference(a, b) > 2 for i, a in enumerate(pictures) for b in pictures[:i])
+    # Rounding alone moves a value by one at most.
+    assert all(difference(a, b) > 1 for i, a in enumerate(pictures) for b in pictures[:i])
 
 
 def test_a_control_image_keeps_its_shape_at_the_area_of_the_picture(
@@ -299,7 +299,7 @@ def stop_at(step: int, events: list[Event]) -> Any:
     def report(event: Event) -> None:
         events.append(event)
         if isinstance(event, Progress) and event.done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     return report
 

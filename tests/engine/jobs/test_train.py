@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import statistics
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def stop_after(step: int, events: list[Event]) -> Callable[[Event], None]:
     def report(event: Event) -> None:
         events.append(event)
         if isinstance(event, Progress) and event.task == "train" and event.done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     return report
 
@@ -72,9 +71,10 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_a_run_leaves_lora_recipe_state_and_history(
     training: dict[str, Any], tmp_path: Path
 ) -> None:
+    files = RunFiles(tmp_path, "tiny")
+    (tmp_path / f".{files.lora.name}.123.tmp").write_text("of a run that was killed")
     events = run(training, output_dir=tmp_path, max_train_steps=2)
 
-    files = RunFiles(tmp_path, "tiny")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "tiny-state.safetensors",
         "tiny.loss_history.jsonl",
@@ -401,7 +401,7 @@ def test_a_signal_while_the_end_is_written_changes_nothing(
     def report(event: Event) -> None:
         events.append(event)
         if isinstance(event, Saved) and event.kind == "lora":
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     train.run(tiny.config(training, output_dir=tmp_path, max_train_steps=2), report)
     assert events[-1] == Finished("train")
@@ -413,7 +413,7 @@ def test_a_signal_in_a_library_that_catches_errors_stops_the_run(
 ) -> None:
     def swallow(*arguments: Any) -> torch.Tensor:
         with contextlib.suppress(Exception):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal was swallowed")
 
     monkeypatch.setattr(FluxKontext, "predict_velocity", swallow)

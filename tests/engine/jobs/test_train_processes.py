@@ -180,6 +180,7 @@ def launch(launcher: list[str], config: Config, file: Path) -> subprocess.Popen[
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
 def test_stopping_only_the_launcher_of_two_processes_loses_nothing(
     training: dict[str, Any], tmp_path: Path
 ) -> None:

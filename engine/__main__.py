@@ -19,9 +19,9 @@ from .config import Config
 from .config_file import load_config, to_toml
 from .console import ConsoleReporter, json_lines
 from .errors import ConfigError, EngineError
-from .events import Reporter
+from .events import Message, Reporter
 from .options import add_options, given_words, reference
-from .signals import Stopped
+from .signals import Stopped, stop_with_input
 
 _JOBS = {
     "cache": "encode the training images and captions",
@@ -34,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job; gives the exit code."""
     parsed, unknown = _parser().parse_known_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if getattr(parsed, "stop_with_input", False):
+        stop_with_input()
     try:
         return _run(parsed, unknown)
-    except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     except EngineError as error:
+        if getattr(parsed, "events", "") == "json":
+            json_lines(sys.stdout)(Message(str(error), "error"))
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except Stopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         return 3
@@ -132,6 +133,11 @@ def _add_events(command: argparse.ArgumentParser) -> None:
         choices=("console", "json"),
         default="console",
         help="json: one JSON line per event on standard output instead of a progress bar",
+    )
+    command.add_argument(
+        "--stop_with_input",
+        action="store_true",
+        help="save and stop when standard input ends; for programs that start this one",
     )
 
 

@@ -369,6 +369,12 @@ class OutputConfig(_Group):
     save_precision: Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype_name)] = (
         Field(default="bf16", description="Number type of the LoRA file.")
     )
+    preview_images: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Pictures that the finished LoRA draws from captions of the dataset.",
+    )
     resume: bool | PathSetting = Field(
         default=False,
         description="Continue the run of this name, or from the state file named here.",
@@ -424,6 +430,12 @@ class RuntimeConfig(_Group):
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of every random draw.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:N, xpu or mps."
+    )
+    cpu_threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Threads for work on the CPU; unset: PyTorch's choice. Tiny models want 1.",
     )
 
 

@@ -53,13 +53,40 @@ def load_config(
         ConfigError: lists every problem of both, one line each.
     """
     problems: list[str] = []
-    given = _flatten(*_read(path), problems) if path else {}
+    given: dict[str, Given] = {}
+    if path:
+        path, document = _read(path)
+        given = _flatten(str(path), document, problems)
     for name, words in command_line.items():
         value = _from_words(FIELDS[name], words) if name in FIELDS else " ".join(words) or True
         given[name] = Given("command line", value)
     launched = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no" and "mixed_precision" not in given:
         given["mixed_precision"] = Given("accelerate launch", launched)
+    return build_config(given, problems)
+
+
+def parse_config(text: str, where: str) -> Config:
+    """The settings in a TOML text; ``where`` names it in messages.
+
+    Raises:
+        ConfigError: lists every problem, one line each.
+    """
+    problems: list[str] = []
+    return build_config(_flatten(where, _parse(text, where), problems), problems)
+
+
+def build_config(given: Mapping[str, Given], problems: Sequence[str] = ()) -> Config:
+    """The `Config` with these settings and defaults for all others.
+
+    Args:
+        given: by flat name.
+        problems: what was found wrong before; reported together with what is found here.
+
+    Raises:
+        ConfigError: lists every problem, one line each.
+    """
+    problems = list(problems)
     groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     for name, item in given.items():
         if name in FIELDS:
@@ -141,17 +168,21 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: this is not UTF-8 text; save it as UTF-8") from None
+    return path, _parse(text, str(path))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        return path, tomllib.loads(text)
+        return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         hint = "; write Windows paths in 'single quotes'" if "\\" in text else ""
-        raise ConfigError(f"{path}: this is not valid TOML: {error}{hint}") from None
+        raise ConfigError(f"{where}: this is not valid TOML: {error}{hint}") from None
 
 
 def _flatten(
-    path: Path, document: Mapping[str, Any], problems: list[str], section: str = ""
+    source: str, document: Mapping[str, Any], problems: list[str], section: str = ""
 ) -> dict[str, Given]:
-    where = f"{path} [{section}]" if section else str(path)
+    where = f"{source} [{section}]" if section else source
     given: dict[str, Given] = {}
     for key, value in document.items():
         if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
@@ -164,7 +195,7 @@ def _flatten(
     for key, value in document.items():
         if isinstance(value, Mapping):
             inner = f"{section}.{key}" if section else key
-            for name, item in _flatten(path, value, problems, inner).items():
+            for name, item in _flatten(source, value, problems, inner).items():
                 if name in given:
                     problems.append(
                         f"{item.where}: {name} = {_shown(item.value)}: also set in "

@@ -7,7 +7,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from .events import Event, Finished, Message, Progress, Reporter, Saved, to_line
+from .events import Event, Finished, Message, Progress, Reporter, Saved, in_words, to_line
 
 
 class ConsoleReporter:
@@ -48,7 +48,7 @@ class ConsoleReporter:
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
                 dynamic_ncols=True,
             )
-        self._bar.set_postfix_str(_numbers(event), refresh=False)
+        self._bar.set_postfix_str(in_words(event), refresh=False)
         self._bar.update(event.done - self._bar.n)
         if event.done >= event.total:
             self.close()
@@ -65,24 +65,3 @@ def json_lines(stream: IO[str]) -> Reporter:
         stream.flush()
 
     return report
-
-
-def _numbers(event: Progress) -> str:
-    parts: list[str] = []
-    if event.loss is not None:
-        parts.append(f"loss {event.loss:.4f}")
-    if event.step_seconds is not None:
-        parts.append(f"{_duration(event.step_seconds)}/{event.unit}")
-    if event.eta_seconds is not None and event.done < event.total:
-        parts.append(f"{_duration(event.eta_seconds)} left")
-    return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if round(seconds, 3) < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Message:
-    """A sentence for the user; ``level`` is "info" or "warning"."""
+    """A sentence for the user; ``level`` is "info", "warning" or "error"."""
 
     text: str
     level: str = "info"
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished file; ``kind`` is "lora", "state", "recipe", "image", "plot" or "log"."""
+    """A finished file; ``kind`` is "lora", "state", "recipe", "image", "latents" or "plot"."""
 
     path: str
     kind: str
@@ -87,3 +87,25 @@ def from_line(line: str) -> Event | None:
         return event_type(**record)
     except TypeError:
         return None
+
+
+def in_words(event: Progress) -> str:
+    """Loss, step time and time left, as far as they are known."""
+    parts: list[str] = []
+    if event.loss is not None:
+        parts.append(f"loss {event.loss:.4f}")
+    if event.step_seconds is not None:
+        parts.append(f"{_duration(event.step_seconds)}/{event.unit}")
+    if event.eta_seconds is not None and event.done < event.total:
+        parts.append(f"{_duration(event.eta_seconds)} left")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if round(seconds, 3) < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

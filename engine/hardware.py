@@ -37,6 +37,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def use_threads(count: int | None) -> None:
+    """Let work on the CPU use this many threads; None leaves PyTorch's choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Largest memory use so far: the accelerator's allocations, or the process's resident size."""
     if device.type == "cuda":

@@ -48,6 +48,8 @@ def scan_folder(
             samples.append(Sample(image, caption, image_size(image), found))
         except DataError as error:
             problems.append(str(error))
+    if len(problems) == 1:
+        raise DataError(f"{folder}: {problems[0]}")
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:_MAX_LISTED])
         more = len(problems) - _MAX_LISTED

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .atomic_file import replacing
 from .errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
@@ -71,6 +72,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Pixels [3, H, W] in [-1, 1]."""
     pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels_HWC.permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a PNG file that is either whole or absent."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:

@@ -1,14 +1,17 @@
-"""Pictures of numbers, as PNG files."""
+"""Pictures of numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from .atomic_file import replacing
+import numpy as np
+from PIL import Image
+
 from .loss_history import Step
 
 _SMOOTHING = 0.9
+_LIGHT, _DARK, _RATE = "#9db4d3", "#1f4e8c", "#b05a2c"
 
 
 def smoothed(values: Sequence[float], *, decay: float = _SMOOTHING) -> list[float]:
@@ -25,35 +28,72 @@ def smoothed(values: Sequence[float], *, decay: float = _SMOOTHING) -> list[floa
     return means
 
 
-def save_loss_curve(path: Path, steps: Sequence[Step], *, title: str) -> None:
+def loss_curve(steps: Sequence[Step], *, title: str) -> Image.Image:
     """The loss of every optimizer step, its running mean, and the learning rate below.
 
     Raises:
         ValueError: there are no steps.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not steps:
         raise ValueError("no steps to plot")
-    # A figure of its own: pyplot would keep global state and look for a screen.
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     numbers = [step.step for step in steps]
     losses = [step.loss for step in steps]
-    loss.plot(numbers, losses, color="#9db4d3", linewidth=0.8, label="each step")
-    loss.plot(numbers, smoothed(losses), color="#1f4e8c", linewidth=2, label="running mean")
+    loss.plot(numbers, losses, color=_LIGHT, linewidth=0.8, label="each step")
+    loss.plot(numbers, smoothed(losses), color=_DARK, linewidth=2, label="running mean")
     loss.set_ylabel("loss")
     loss.set_ylim(bottom=0)
     loss.set_title(title)
     loss.legend(frameon=False)
-    rate.plot(numbers, [step.learning_rate for step in steps], color="#b05a2c", linewidth=1.5)
+    rate.plot(numbers, [step.learning_rate for step in steps], color=_RATE, linewidth=1.5)
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     rate.set_xlabel("optimizer step")
-    for axes in (loss, rate):
+    return _drawn(figure)
+
+
+def schedule_curve(multipliers: Sequence[float], *, title: str) -> Image.Image:
+    """What each optimizer step's learning rate is multiplied with."""
+    figure = _figure()
+    axes = figure.subplots()
+    numbers = range(1, len(multipliers) + 1)
+    axes.plot(numbers, multipliers, color=_RATE, linewidth=2, drawstyle="steps-mid")
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("part of the learning rate")
+    axes.set_ylim(0, 1.05 * max(multipliers))
+    return _drawn(figure)
+
+
+def time_histogram(times: Sequence[float], *, title: str) -> Image.Image:
+    """How often each flow time is trained."""
+    figure = _figure()
+    axes = figure.subplots()
+    axes.hist(times, bins=100, range=(0, 1), density=True, color=_DARK, alpha=0.8)
+    median = float(np.median(times))
+    axes.axvline(median, color=_RATE, linewidth=2, label=f"half of all lie below {median:.2f}")
+    axes.set_title(title)
+    axes.set_xlabel("flow time: 0 is the picture, 1 is pure noise")
+    axes.set_ylabel("density")
+    axes.set_xlim(0, 1)
+    axes.legend(frameon=False)
+    return _drawn(figure)
+
+
+def _figure() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own: pyplot would keep global state and look for a screen.
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _drawn(figure: Any) -> Image.Image:
+    for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

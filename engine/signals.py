@@ -7,7 +7,10 @@ a file being written) the job shields itself and is stopped right after.
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,3 +69,17 @@ class StopSignals:
     def _stop_if_requested(self) -> None:
         if self.requested and not self._shields:
             raise Stopped("stopped by a signal")
+
+
+def stop_with_input() -> None:
+    """From here on the end of standard input counts as SIGTERM, also where there are no signals."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        if callable(signal.getsignal(signal.SIGTERM)):
+            _thread.interrupt_main(signal.SIGTERM)
+        else:
+            os._exit(130)  # no job has begun, so there is nothing to save
+
+    threading.Thread(target=watch, name="input", daemon=True).start()

@@ -132,7 +132,6 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
             raise ValueError
     except (KeyError, ValueError, TypeError):
         raise CheckpointError(
-            f"{path}: this is not a training state of LoRA Loom; give a file that ends in "
-            "-state.safetensors"
+            f"{path}: this is not a training state of LoRA Loom; give a file that ends in .state"
         ) from None
     return header

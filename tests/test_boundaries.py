@@ -16,18 +16,18 @@ ENGINE = ROOT / "engine"
 
 # From the ground up: a module imports from its own layer and those above it in this list.
 LAYERS = {
-    "words": "__init__ errors events",
+    "words": "__init__ errors events presets",
     "settings": "config config_file options options_not_yet",
     "mathematics": "buckets flow samplers schedules seeds timesteps",
     "modules and files": """
-        atomic_file autoencoders console dataset file_kinds hardware key_table latent_cache lora
-        lora_file loss_history manifest media optimizers plots signals text_encoders training_state
-        weights
+        atomic_file autoencoders console contact_sheet dataset file_kinds hardware key_table
+        latent_cache launch lora lora_file loss_history manifest media optimizers plots signals
+        text_encoders training_state weights
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """
-        jobs/__init__ jobs/cache jobs/generate jobs/outputs jobs/saving jobs/step jobs/step_log
-        jobs/train
+        jobs/__init__ jobs/cache jobs/generate jobs/outputs jobs/previews jobs/saving jobs/step
+        jobs/step_log jobs/train
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure

@@ -85,6 +85,14 @@ class Architecture(Protocol):
         """The family's VAE; its latents are normalised as the transformer expects them."""
         ...
 
+    def normalize_latents(self, raw_BCTHW: Tensor) -> Tensor:
+        """What a VAE gives, as the transformer expects it."""
+        ...
+
+    def raw_latents(self, latents_BCTHW: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`."""
+        ...
+
     def load_text_encoders(
         self,
         text_encoder1: Path,

@@ -32,6 +32,8 @@ from .base import Conditions
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 _PROBE = "double_blocks.0.img_attn.qkv.weight"
 _DIFFUSERS_PROBE = "transformer_blocks.0.attn.to_q.weight"
+# Of ae.safetensors, as in Black Forest Labs' code.
+_LATENT_SCALE, _LATENT_SHIFT = 0.3611, 0.1159
 # Parts of names in transformers that are built from the same blocks.
 _RELATIVES = (
     "individual_token_refiner",  # HunyuanVideo
@@ -209,14 +211,22 @@ class FluxKontext:
     def load_autoencoder(
         self, path: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"
     ) -> ImageAutoencoder:
-        """FLUX's autoencoder, whose latents are normalised as ``(latent - 0.1159) * 0.3611``."""
-        autoencoder = load_autoencoder(path, dtype=dtype, device=device, scale=0.3611, shift=0.1159)
+        """FLUX's autoencoder; its latents are given as by `normalize_latents`."""
+        autoencoder = load_autoencoder(
+            path, dtype=dtype, device=device, scale=_LATENT_SCALE, shift=_LATENT_SHIFT
+        )
         if autoencoder.latent_channels != self.latent_channels:
             raise CheckpointError(
                 f"{path}: the latents of this autoencoder have {autoencoder.latent_channels} "
                 f"channels, those of FLUX.1 {self.latent_channels}; use ae.safetensors or TAEF1"
             )
         return autoencoder
+
+    def normalize_latents(self, raw_BCTHW: Tensor) -> Tensor:
+        return (raw_BCTHW - _LATENT_SHIFT) * _LATENT_SCALE
+
+    def raw_latents(self, latents_BCTHW: Tensor) -> Tensor:
+        return latents_BCTHW / _LATENT_SCALE + _LATENT_SHIFT
 
     def load_text_encoders(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..atomic_file import replacing
+from ..media import save_png
 
 _TILE, _GAP, _LEFT, _TOP, _CAPTION = 224, 14, 150, 96, 76  # pixels
 _PAPER, _INK, _FAINT = (250, 249, 246), (38, 36, 46), (120, 116, 128)
@@ -43,8 +43,7 @@ def save_grid(
         for column, (image, _) in enumerate(zip(images, captions, strict=True)):
             tile = image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
             sheet.paste(tile, (_left(column), top))
-    with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
+    save_png(path, sheet)
 
 
 def _left(column: int) -> int:

@@ -34,7 +34,7 @@ from ..jobs import cache, generate, train
 from ..jobs.outputs import RunFiles
 from ..jobs.step import VelocityModel, held_out_loss
 from ..loss_history import read_history
-from ..plots import save_loss_curve
+from ..plots import loss_curve
 from . import draw, measure
 from .concept import HELD_OUT
 from .grid import save_grid
@@ -221,7 +221,7 @@ def _show(
     )
     report(Saved(str(grid), "image"))
     history = read_history(RunFiles(output, NAME).history)
-    save_loss_curve(curve, history, title=f"{NAME}: training loss")
+    media.save_png(curve, loss_curve(history, title=f"{NAME}: training loss"))
     report(Saved(str(curve), "plot"))
 
 

@@ -40,6 +40,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Encoders:
+    """Encoders that someone else has loaded.
+
+    Args:
+        latent_facts, text_facts: what tells them from others, under the names that the facts of
+            configured encoders have.
+        encode_image: pixels [1, 3, H, W] in [-1, 1] -> latents [C, T, h, w] for the transformer.
+        encode_text: captions and the number of tokens -> the conditions of each.
+    """
+
+    latent_facts: Facts
+    text_facts: Facts
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[list[str], int], list[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """All entries, and those whose latents or text have to be encoded."""
 
@@ -56,10 +73,27 @@ def run(config: Config, report: Reporter) -> None:
         Stopped: a signal ended the job; what was encoded stays.
     """
     config.require("image_directory", "vae", "text_encoder1", "text_encoder2")
+    hardware.use_threads(config.runtime.cpu_threads)
     with StopSignals():
         architecture = find_architecture(config.model.architecture, config.model.dit)
         _update(config, architecture, plan(config, architecture), report)
     report(Finished("cache"))
+
+
+def run_with(
+    config: Config, architecture: Architecture, encoders: Encoders, report: Reporter
+) -> Plan:
+    """Bring the cache up to date with ``encoders``; gives what was to be done.
+
+    Raises:
+        EngineError: a setting or image cannot be used.
+    """
+    facts = encoders.latent_facts, encoders.text_facts
+    todo = plan(config, architecture, facts)
+    _encode_latents(todo.stale_latents, encoders.encode_image, report)
+    _encode_text(config, todo.stale_text, encoders.encode_text, report)
+    report(Message(_summary(todo)))
+    return todo
 
 
 def cached_items(config: Config, architecture: Architecture, report: Reporter) -> list[CachedItem]:
@@ -80,13 +114,17 @@ def cached_items(config: Config, architecture: Architecture, report: Reporter) -
         )
     if todo.stale_latents or todo.stale_text:
         _update(config, architecture, todo, report)
-    return [_item(config, entry) for entry in todo.entries]
+    return [item(config, entry) for entry in todo.entries]
 
 
-def plan(config: Config, architecture: Architecture) -> Plan:
+def plan(
+    config: Config, architecture: Architecture, encoders: tuple[Facts, Facts] | None = None
+) -> Plan:
     """Compare the folder with the cache.
 
-    An encoder that is not configured is taken to be the one that made the cache.
+    Args:
+        encoders: identities of what encodes images and captions; None: of what is configured.
+            An encoder that is not is taken to be the one that made the cache.
     """
     dataset = config.dataset
     assert dataset.image_directory is not None
@@ -97,7 +135,7 @@ def plan(config: Config, architecture: Architecture) -> Plan:
     )
     cache = dataset.cache_directory or dataset.image_directory / ".loom_cache"
     choose_size = _size_chooser(config, architecture)
-    latent_base, text_base = _encoder_facts(config)
+    latent_base, text_base = encoders or _encoder_facts(config)
     entries: list[Entry] = []
     for sample in samples:
         size = choose_size(sample)
@@ -183,30 +221,37 @@ def _size_chooser(
 def _update(config: Config, architecture: Architecture, todo: Plan, report: Reporter) -> None:
     device = hardware.find_device(config.runtime.device)
     if todo.stale_latents:
-        _encode_latents(config, architecture, todo.stale_latents, device, report)
-    if todo.stale_text:
-        _encode_text(config, architecture, todo.stale_text, device, report)
-    total = len(todo.entries)
-    report(
-        Message(
-            f"encoded {len(todo.stale_latents)} of {total} images and {len(todo.stale_text)} of "
-            f"{total} captions; the rest was current"
+        assert config.model.vae is not None
+        dtype = hardware.stored_or(config.model.vae_dtype)
+        autoencoder = architecture.load_autoencoder(config.model.vae, dtype=dtype, device=device)
+        _encode_latents(
+            todo.stale_latents, lambda pixels: autoencoder.encode(pixels.to(device))[0], report
         )
+        del autoencoder
+    if todo.stale_text:
+        encoders = load_text_encoders(config, architecture, device)
+        _encode_text(
+            config,
+            todo.stale_text,
+            lambda captions, length: architecture.encode_text(encoders, captions, length),
+            report,
+        )
+    report(Message(_summary(todo)))
+
+
+def _summary(todo: Plan) -> str:
+    total = len(todo.entries)
+    return (
+        f"encoded {len(todo.stale_latents)} of {total} images and {len(todo.stale_text)} of "
+        f"{total} captions; the rest was current"
     )
 
 
 def _encode_latents(
-    config: Config,
-    architecture: Architecture,
-    entries: Sequence[Entry],
-    device: torch.device,
-    report: Reporter,
+    entries: Sequence[Entry], encode: Callable[[Tensor], Tensor], report: Reporter
 ) -> None:
-    assert config.model.vae is not None
-    dtype = hardware.stored_or(config.model.vae_dtype)
-    autoencoder = architecture.load_autoencoder(config.model.vae, dtype=dtype, device=device)
     for done, (entry, pictures) in enumerate(_pictures(entries), start=1):
-        encoded = [autoencoder.encode(picture[None].to(device))[0] for picture in pictures]
+        encoded = [encode(picture[None]) for picture in pictures]
         tensors: dict[str, Tensor] = {"latents": encoded[0]}
         tensors |= {f"control_latents_{index}": value for index, value in enumerate(encoded[1:])}
         with explained(entry.latents):
@@ -239,16 +284,14 @@ def _load(entry: Entry) -> list[Tensor]:
 
 def _encode_text(
     config: Config,
-    architecture: Architecture,
     entries: Sequence[Entry],
-    device: torch.device,
+    encode: Callable[[list[str], int], list[dict[str, Tensor]]],
     report: Reporter,
 ) -> None:
-    encoders = load_text_encoders(config, architecture, device)
     for start in range(0, len(entries), _TEXT_BATCH):
         chosen = entries[start : start + _TEXT_BATCH]
         captions = [entry.sample.caption for entry in chosen]
-        encoded = architecture.encode_text(encoders, captions, config.dataset.text_max_length)
+        encoded = encode(captions, config.dataset.text_max_length)
         for entry, tensors in zip(chosen, encoded, strict=True):
             with explained(entry.text):
                 latent_cache.write_cache(entry.text, tensors, entry.text_facts)
@@ -269,7 +312,8 @@ def load_text_encoders(config: Config, architecture: Architecture, device: torch
     )
 
 
-def _item(config: Config, entry: Entry) -> CachedItem:
+def item(config: Config, entry: Entry) -> CachedItem:
+    """What the cache holds of one entry."""
     facts = [latent_cache.read_facts(path) for path in (entry.latents, entry.text)]
     content = latent_cache.facts_digest({"latents": facts[0], "text": facts[1]})
     return read_item(entry.latents, entry.text, content, repeats=config.dataset.num_repeats)

@@ -41,6 +41,7 @@ def run(config: Config, report: Reporter) -> list[Path]:
     """
     config.require("dit", "vae", "text_encoder1", "text_encoder2", "save_path")
     prompts = _prompts(config.generate)
+    hardware.use_threads(config.runtime.cpu_threads)
     width, height = config.generate.image_size
     finished: list[Tensor] = []
     with StopSignals() as stop:

@@ -30,7 +30,8 @@ class RunFiles:
 
     @property
     def state(self) -> Path:
-        return self.folder / f"{self.name}-state.safetensors"
+        """In the safetensors format; its extension keeps it out of lists of models."""
+        return self.folder / f"{self.name}.state"
 
     @property
     def recipe(self) -> Path:
@@ -39,6 +40,18 @@ class RunFiles:
     @property
     def history(self) -> Path:
         return self.folder / f"{self.name}.loss_history.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What libraries print while a parent process runs the training."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def preview_latents(self) -> Path:
+        return self.folder / f"{self.name}.previews.latent"
+
+    def preview(self, index: int) -> Path:
+        return self.folder / f"{self.name}.preview-{index:02d}.png"
 
     def lora_at_step(self, step: int) -> Path:
         return self.folder / f"{self.name}-step{step:08d}.safetensors"
@@ -52,7 +65,10 @@ class RunFiles:
 
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed while it wrote one of the files left behind."""
-        ending = r"(\.toml|\.loss_history\.jsonl|(-state|-step\d{8}|-\d{6})?\.safetensors)"
+        ending = (
+            r"(\.toml|\.loss_history\.jsonl|\.state|\.previews\.latent|\.preview-\d\d\.png"
+            r"|(-step\d{8}|-\d{6})?\.safetensors)"
+        )
         for path in self._matching(rf"{ending}\.\d+\.tmp", before="."):
             path.unlink(missing_ok=True)
 
@@ -77,7 +93,7 @@ def find_start(config: Config) -> tuple[RunFiles, Path | None]:
     if isinstance(output.resume, Path):
         state = output.resume
         if not state.exists():
-            raise ConfigError(f"resume: {state} does not exist; give a -state.safetensors")
+            raise ConfigError(f"resume: {state} does not exist; give a .state file")
         if files.state.exists() and state.samefile(files.state):
             return files, files.state
     elif output.resume:

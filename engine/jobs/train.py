@@ -27,7 +27,7 @@ from ..events import Finished, Message, Reporter, silent
 from ..loss_history import LossHistory
 from ..signals import Stopped, StopSignals
 from ..weights import open_checkpoint
-from . import cache, outputs
+from . import cache, outputs, previews
 from .saving import RunSaver
 from .step import OptimizerStep, SampleTimes, StepResult, VelocityModel
 from .step_log import StepLog
@@ -43,6 +43,7 @@ def run(config: Config, report: Reporter) -> None:
     """
     config.require("dit", "image_directory", "output_dir", "output_name")
     files, state_path = outputs.find_start(config)
+    hardware.use_threads(config.runtime.cpu_threads)
     with StopSignals() as stop:
         accelerator = _accelerator(config)
         report = report if accelerator.is_main_process else silent
@@ -52,34 +53,76 @@ def run(config: Config, report: Reporter) -> None:
         data = data_identity(items)
         start = _steps_done(state_path, recipe, data, report) if state_path else 0
         plan = _plan(config, items, accelerator.num_processes, start)
-        if start >= plan.total_steps and _is_saved(files.lora, start):
+        finished = start >= plan.total_steps and _is_saved(files.lora, start)
+        if finished:
             report(Message(f"{files.lora} is finished: {start} of {plan.total_steps} steps"))
-            report(Finished("train"))
-            return
+            if _has_previews(config, files):
+                report(Finished("train"))
+                return
         take_step, network, shapes = _build(config, architecture, accelerator)
         if state_path:
             training_state.load_state(state_path, network, take_step.optimizer, take_step.scaler)
+        if state_path and not finished:
             report(Message(f"continuing after step {start} of {plan.total_steps}"))
-        elif config.output.resume:
-            report(Message(f"no state in {files.folder} to resume; starting at step 0"))
-        saver = RunSaver(
-            config=config,
-            architecture=architecture,
-            files=files,
-            network=network,
-            shapes=shapes,
-            optimizer=take_step.optimizer,
-            scaler=take_step.scaler,
-            recipe=recipe,
-            data=data,
-            num_items=len(items),
-            total_steps=plan.total_steps,
-            report=report,
-        )
-        history = nullcontext()
-        if accelerator.is_main_process:
-            history = _prepare_folder(files, state_path, start)
-        _loop(config, accelerator, items, plan, take_step, saver, stop, history)
+        elif config.output.resume and not state_path:
+            report(Message(f"there is nothing to continue in {files.folder}; starting at step 0"))
+        if not finished:
+            saver = RunSaver(
+                config=config,
+                architecture=architecture,
+                files=files,
+                network=network,
+                shapes=shapes,
+                optimizer=take_step.optimizer,
+                scaler=take_step.scaler,
+                recipe=recipe,
+                data=data,
+                num_items=len(items),
+                total_steps=plan.total_steps,
+                report=report,
+            )
+            history = nullcontext()
+            if accelerator.is_main_process:
+                history = _prepare_folder(files, state_path, start)
+            _loop(config, accelerator, items, plan, take_step, saver, stop, history)
+        if config.output.preview_images and accelerator.is_main_process:
+            transformer = _transformer(take_step)
+            previews.draw(config, architecture, transformer, items, files, report, stop)
+        report(Finished("train"))
+
+
+def is_finished(config: Config) -> bool:
+    """Whether `run` would have nothing to do; loads no model and takes milliseconds.
+
+    Raises:
+        EngineError: as `run`, for what is wrong with settings, files or an earlier run.
+    """
+    config.require("dit", "image_directory", "output_dir", "output_name")
+    files, state_path = outputs.find_start(config)
+    architecture = find_architecture(config.model.architecture, config.model.dit)
+    todo = cache.plan(config, architecture)
+    if state_path is None or todo.stale_latents or todo.stale_text:
+        return False
+    items = [cache.item(config, entry) for entry in todo.entries]
+    data = data_identity(items)
+    start = _steps_done(state_path, _recipe(config, architecture, 1), data, silent)
+    total = _plan(config, items, 1, start).total_steps
+    return (
+        start >= total
+        and training_state.read_progress(state_path).data == data
+        and _is_saved(files.lora, start)
+        and _has_previews(config, files)
+    )
+
+
+def _has_previews(config: Config, files: outputs.RunFiles) -> bool:
+    return not config.output.preview_images or files.preview_latents.exists()
+
+
+def _transformer(take_step: OptimizerStep) -> torch.nn.Module:
+    model = getattr(take_step.model, "module", take_step.model)  # without DDP's wrapper
+    assert isinstance(model, VelocityModel)
+    return model.transformer
 
 
 @dataclass(frozen=True)
@@ -316,8 +359,8 @@ def _loop(
         ) from memory_error
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    saver.report(Finished("train", stopped=step < plan.total_steps))
     if step < plan.total_steps:
+        saver.report(Finished("train", stopped=True))
         saved = "everything is saved" if step else "there was nothing to save"
         raise Stopped(
             f"stopped after step {step} of {plan.total_steps}; {saved}, continue with --resume"

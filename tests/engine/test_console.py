@@ -32,7 +32,7 @@ def test_sentences_and_files_are_lines() -> None:
 
 
 def test_the_state_is_saved_without_a_word() -> None:
-    assert screen(Saved("out/a.state.safetensors", "state", 7)) == []
+    assert screen(Saved("out/a.state", "state", 7)) == []
 
 
 def test_a_finished_bar_keeps_its_line() -> None:

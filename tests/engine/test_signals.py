@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from pack.engine.signals import Stopped, StopSignals
+from pack.tests.conftest import ROOT
 
 
 def send(number: signal.Signals) -> None:
@@ -53,3 +56,49 @@ def test_the_handlers_of_before_come_back() -> None:
     with StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+_WATCHER = """
+import sys, time
+from engine.signals import Stopped, StopSignals, stop_with_input
+stop_with_input()
+print("watching", flush=True)
+try:
+    with StopSignals():
+        print("working", flush=True)
+        time.sleep(60)
+except Stopped:
+    print("saved", flush=True)
+    sys.exit(3)
+"""
+
+
+def start_watcher(program: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    while process.stdout.readline().strip() not in ("working", "waiting", ""):
+        continue
+    process.stdin.close()
+    return process
+
+
+def test_the_end_of_the_input_stops_the_job() -> None:
+    process = start_watcher(
+        _WATCHER.replace("time.sleep(60)", "[time.sleep(0.1) for _ in range(600)]")
+    )
+    assert process.stdout is not None
+    assert process.stdout.read() == "saved\n"
+    assert process.wait(30) == 3
+
+
+def test_before_there_is_a_job_the_end_of_the_input_ends_the_process() -> None:
+    process = start_watcher(
+        _WATCHER.replace("try:", "print('waiting', flush=True)\ntime.sleep(60)\ntry:")
+    )
+    assert process.wait(30) == 130

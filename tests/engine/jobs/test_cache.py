@@ -312,3 +312,41 @@ def test_a_full_disk_is_one_sentence(folder: Folder) -> None:
     assert "\n" not in str(caught.value)
     assert open_checkpoint(folder.file("1.png")).keys() == ["latents"]
     assert not list(folder.cache.glob(".*"))
+
+
+# Encoders that someone else has loaded
+
+
+def constant_encoders(name: str, calls: list[str]) -> cache.Encoders:
+    def encode_image(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append("image")
+        return pixels.mean().expand(16, 1, pixels.shape[-2] // 8, pixels.shape[-1] // 8)
+
+    def encode_text(captions: list[str], max_length: int) -> list[dict[str, torch.Tensor]]:
+        calls.extend(captions)
+        return [{"text_embeds": torch.ones(max_length, 4), "pooled": torch.ones(4)}] * len(captions)
+
+    latent_facts: cache.Facts = {"vae": name, "vae_dtype": None}
+    text_facts: cache.Facts = {"text_encoder1": name, "text_encoder2": None}
+    return cache.Encoders(latent_facts, text_facts, encode_image, encode_text)
+
+
+def test_other_encoders_encode_once_and_training_takes_their_cache_as_it_is(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = Folder(model, tmp_path)
+    without = {k: v for k, v in folder.settings.items() if not k.startswith(("vae", "text_enc"))}
+    config, calls = tiny.config(without), list[str]()
+    for _ in range(2):
+        cache.run_with(config, FLUX, constant_encoders("first", calls), lambda event: None)
+    assert len(calls) == 6
+    items = cache.cached_items(config, FLUX, lambda event: None)
+    assert load_file(items[0].text)["text_embeds"].shape == (512, 4)
+
+
+def test_another_encoder_encodes_everything_anew(model: Path, tmp_path: Path) -> None:
+    folder, calls = Folder(model, tmp_path), list[str]()
+    for name in ("first", "second"):
+        config = tiny.config(folder.settings)
+        cache.run_with(config, FLUX, constant_encoders(name, calls), lambda event: None)
+    assert len(calls) == 12

@@ -35,7 +35,7 @@ def test_all_files_of_a_run_begin_with_its_name(tmp_path: Path) -> None:
     paths = [files.lora, files.state, files.recipe, files.history]
     assert [path.name for path in (*paths, files.lora_at_step(20), files.lora_at_epoch(3))] == [
         "a.b.safetensors",
-        "a.b-state.safetensors",
+        "a.b.state",
         "a.b.toml",
         "a.b.loss_history.jsonl",
         "a.b-step00000020.safetensors",
@@ -56,7 +56,7 @@ def test_a_new_run_starts_where_nothing_of_its_name_is(tmp_path: Path) -> None:
     "name",
     [
         "a.b.safetensors",
-        "a.b-state.safetensors",
+        "a.b.state",
         "a.b-step00000020.safetensors",
         "a.b-000003.safetensors",
         "a.b.loss_history.jsonl",
@@ -99,18 +99,18 @@ def test_resuming_without_a_state_starts_anew_but_replaces_no_lora(tmp_path: Pat
         fill(path)
     assert find_start(settings(tmp_path, resume=True)) == (files, None)
     fill(files.lora)
-    with pytest.raises(ConfigError, match=r"holds a\.b\.safetensors, but no a\.b-state"):
+    with pytest.raises(ConfigError, match=r"holds a\.b\.safetensors, but no a\.b\.state"):
         find_start(settings(tmp_path, resume=True))
     assert find_start(settings(tmp_path, resume=True, overwrite=True)) == (files, None)
 
 
 def test_a_state_that_is_named_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing-state.safetensors does not exist"):
-        find_start(settings(tmp_path, resume=tmp_path / "nothing-state.safetensors"))
+    with pytest.raises(ConfigError, match="nothing.state does not exist"):
+        find_start(settings(tmp_path, resume=tmp_path / "nothing.state"))
 
 
 def test_a_state_of_another_run_lets_nothing_be_replaced(tmp_path: Path) -> None:
-    files, other = RunFiles(tmp_path, "a.b"), fill(tmp_path / "other-state.safetensors")
+    files, other = RunFiles(tmp_path, "a.b"), fill(tmp_path / "other.state")
     assert find_start(settings(tmp_path, resume=other)) == (files, other)
     fill(files.lora)
     with pytest.raises(ConfigError, match="already holds"):

@@ -78,7 +78,7 @@ def test_lora_recipe_and_state_are_saved_in_this_order(tmp_path: Path) -> None:
     run = Run(tmp_path, save_precision="fp16", network_dim=2)
     run.fill(0.1)
     run.saver.save(7, 2)
-    assert saved(run) == [("run.safetensors", 7), ("run.toml", 7), ("run-state.safetensors", 7)]
+    assert saved(run) == [("run.safetensors", 7), ("run.toml", 7), ("run.state", 7)]
 
     files = run.saver.files
     assert load_config(files.recipe, {}, {}) == run.saver.config
@@ -100,13 +100,13 @@ def test_loras_of_steps_and_epochs_are_saved_when_they_are_due(tmp_path: Path) -
         run.saver.save_if_due(step, 1, ended, before=lambda step=step: flushed.append(step))
     assert saved(run) == [
         ("run-000002.safetensors", 3),
-        ("run-state.safetensors", 3),
+        ("run.state", 3),
         ("run-step00000004.safetensors", 4),
-        ("run-state.safetensors", 4),
+        ("run.state", 4),
         ("run-000004.safetensors", 6),
-        ("run-state.safetensors", 6),
+        ("run.state", 6),
         ("run-step00000008.safetensors", 8),
-        ("run-state.safetensors", 8),
+        ("run.state", 8),
     ]
     assert flushed == [3, 4, 6, 8]
 
@@ -119,7 +119,7 @@ def test_the_state_is_saved_after_some_minutes(
     run.saver.last_save = time.monotonic() - waited
     for step in (1, 2):
         run.saver.save_if_due(step, 1, range(0), before=nothing)
-    assert saved(run) == [("run-state.safetensors", 1)] * due
+    assert saved(run) == [("run.state", 1)] * due
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -181,7 +181,7 @@ def test_a_file_whose_writer_is_killed_is_the_old_or_the_new_one(tmp_path: Path)
     # That some were killed while they wrote shows that this is put to the test.
     assert values & {1.0, 2.0} and left
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "run-state.safetensors",
         "run.safetensors",
+        "run.state",
         "run.toml",
     ]

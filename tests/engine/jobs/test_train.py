@@ -76,9 +76,9 @@ def test_a_run_leaves_lora_recipe_state_and_history(
     events = run(training, output_dir=tmp_path, max_train_steps=2)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tiny-state.safetensors",
         "tiny.loss_history.jsonl",
         "tiny.safetensors",
+        "tiny.state",
         "tiny.toml",
     ]
     assert [event for event in events if isinstance(event, Saved)] == [
@@ -190,7 +190,7 @@ def test_every_precision_trains_float32_adapters(
     run(training, output_dir=tmp_path, max_train_steps=2, mixed_precision=precision)
     run(training, output_dir=tmp_path / "exact", max_train_steps=2)
 
-    state = load_file(tmp_path / "tiny-state.safetensors")
+    state = load_file(tmp_path / "tiny.state")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(tensor.any() for name, tensor in state.items() if name.endswith(".B"))
     # bfloat16 has 8 bits, and about thirty layers round to them one after the other.
@@ -202,7 +202,7 @@ def test_checkpointing_changes_no_bit(training: dict[str, Any], tmp_path: Path) 
     for folder, on in ((tmp_path / "a", False), (tmp_path / "b", True)):
         run(training, output_dir=folder, max_train_steps=2, gradient_checkpointing=on)
 
-    first, second = (load_file(tmp_path / name / "tiny-state.safetensors") for name in "ab")
+    first, second = (load_file(tmp_path / name / "tiny.state") for name in "ab")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
@@ -241,7 +241,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     run(settings, output_dir=whole)
     events = run_and_stop(stop, settings, output_dir=stopped)
     assert events[-1] == Finished("train", stopped=True)
-    assert read_progress(stopped / "tiny-state.safetensors").step == stop
+    assert read_progress(stopped / "tiny.state").step == stop
     metadata = open_checkpoint(stopped / "tiny.safetensors").metadata
     assert metadata["ss_steps"] == str(stop)
 
@@ -262,7 +262,7 @@ def test_a_state_that_is_named_starts_another_run_from_there(
 ) -> None:
     run(training, output_dir=tmp_path / "whole", max_train_steps=5)
     run(training, output_dir=tmp_path / "first", max_train_steps=3)
-    state = tmp_path / "first" / "tiny-state.safetensors"
+    state = tmp_path / "first" / "tiny.state"
     before = state.read_bytes()
 
     second = {"output_dir": tmp_path / "second", "resume": state}
@@ -270,7 +270,7 @@ def test_a_state_that_is_named_starts_another_run_from_there(
     assert [step.step for step in history(tmp_path / "second")] == [4]
     run(training, second, resume=True, max_train_steps=5)
     assert state.read_bytes() == before
-    for name in ("tiny.safetensors", "tiny-state.safetensors"):
+    for name in ("tiny.safetensors", "tiny.state"):
         tiny.assert_same_file(tmp_path / "whole" / name, tmp_path / "second" / name)
 
 
@@ -340,7 +340,7 @@ def test_nothing_is_overwritten_unless_that_is_wanted(
 
     run(training, output_dir=tmp_path, max_train_steps=2, overwrite=True)
     assert [step.step for step in history(tmp_path)] == [1, 2]
-    assert read_progress(tmp_path / "tiny-state.safetensors").step == 2
+    assert read_progress(tmp_path / "tiny.state").step == 2
 
 
 def test_a_loss_that_is_nan_ends_the_run_and_keeps_the_last_good_state(
@@ -358,7 +358,7 @@ def test_a_loss_that_is_nan_ends_the_run_and_keeps_the_last_good_state(
 
     with pytest.raises(EngineError, match="the loss became nan at step 3"):
         run(training, data, output_dir=tmp_path, max_train_steps=4, save_every_n_steps=1)
-    assert read_progress(tmp_path / "tiny-state.safetensors").step == 2
+    assert read_progress(tmp_path / "tiny.state").step == 2
     assert [step.step for step in history(tmp_path)] == [1, 2]
     assert not (tmp_path / "tiny-step00000003.safetensors").exists()
 
@@ -388,9 +388,7 @@ def test_what_was_trained_is_saved_when_memory_runs_out(
         resume=True,
         gradient_checkpointing=True,
     )
-    tiny.assert_same_file(
-        tmp_path / "whole" / "tiny-state.safetensors", tmp_path / "small" / "tiny-state.safetensors"
-    )
+    tiny.assert_same_file(tmp_path / "whole" / "tiny.state", tmp_path / "small" / "tiny.state")
 
 
 def test_a_signal_while_the_end_is_written_changes_nothing(
@@ -405,7 +403,7 @@ def test_a_signal_while_the_end_is_written_changes_nothing(
 
     train.run(tiny.config(training, output_dir=tmp_path, max_train_steps=2), report)
     assert events[-1] == Finished("train")
-    assert read_progress(tmp_path / "tiny-state.safetensors").step == 2
+    assert read_progress(tmp_path / "tiny.state").step == 2
 
 
 def test_a_signal_in_a_library_that_catches_errors_stops_the_run(
@@ -439,3 +437,34 @@ def test_cache_files_that_change_while_the_run_starts_end_it(
     # The thread that reads ahead meets the error; the run must not wait for it forever.
     with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
         train.run(config, change_one_file)
+
+
+def test_a_run_is_finished_only_when_nothing_is_left_to_do(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = training | {"output_dir": tmp_path, "resume": True, "max_train_steps": 2}
+    assert not train.is_finished(tiny.config(settings))
+    run(settings)
+    assert train.is_finished(tiny.config(settings))
+    assert not train.is_finished(tiny.config(settings, max_train_steps=3))
+    with pytest.raises(ConfigError, match=r"network_dim \(was 4, now 5\)"):
+        train.is_finished(tiny.config(settings, network_dim=5))
+    RunFiles(tmp_path, "tiny").lora.unlink()
+    assert not train.is_finished(tiny.config(settings))
+
+
+def test_a_run_is_not_finished_when_a_caption_changed(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    images = tiny.write_images(tmp_path / "images", (32, 32))
+    settings = training | {
+        "image_directory": images,
+        "cache_directory": tmp_path / "cache",
+        "output_dir": tmp_path,
+        "resume": True,
+        "max_train_steps": 1,
+    }
+    run(settings)
+    assert train.is_finished(tiny.config(settings))
+    (images / "0.txt").write_text("something else")
+    assert not train.is_finished(tiny.config(settings))

@@ -1,0 +1,184 @@
+"""Where ComfyUI keeps things; the only user of ``folder_paths``.
+
+A workflow comes from anywhere, so what it names is looked up below known folders and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from ..engine.config import FIELDS, Config
+from ..engine.errors import ConfigError, DataError
+from ..engine.media import IMAGE_EXTENSIONS
+
+NO_FOLDER = "none"
+_DEPTH = 4
+_PACK = Path(__file__).parents[1]
+
+
+def loras_folder() -> Path:
+    """Where new LoRAs go: writable, and listed by ComfyUI's loaders at once."""
+    mine = Path(folder_paths.get_output_directory(), "loras")
+    listed = [Path(folder) for folder in folder_paths.get_folder_paths("loras")]
+    return mine if mine in listed or not listed else listed[0]
+
+
+def recipes_folder() -> Path:
+    """Where exported recipes go."""
+    return Path(folder_paths.get_output_directory(), "lora_loom")
+
+
+def own_cache(name: str) -> Path:
+    """A folder for what is made from files of the pack itself."""
+    return Path(folder_paths.get_user_directory(), "lora_loom", name)
+
+
+def temporary_file(name: str) -> Path:
+    """A place that ComfyUI empties when it starts."""
+    return Path(folder_paths.get_temp_directory(), "lora_loom", name)
+
+
+def diffusion_models() -> list[str]:
+    """Names of the files that a diffusion model can be chosen from."""
+    return folder_paths.get_filename_list("diffusion_models")
+
+
+def diffusion_model(name: str) -> Path:
+    """The file of a name that `diffusion_models` gave.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = folder_paths.get_full_path("diffusion_models", name)
+    if path is None:
+        raise DataError(
+            f"diffusion model {name!r}: there is no such file in ComfyUI's diffusion_models "
+            "folder; choose one of the list"
+        )
+    return Path(path)
+
+
+def dataset_folders() -> list[str]:
+    """Folders with images below ComfyUI's input and datasets folders, as ``input/cats``."""
+    found: list[str] = []
+    for label, root in _dataset_roots():
+        found += [f"{label}/{folder}" for folder in _folders_with_images(root, _DEPTH)]
+    return sorted(set(found))
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder that a name of `dataset_folders`, or a path below one of the roots, means.
+
+    Raises:
+        DataError: it is elsewhere or does not exist.
+    """
+    label, _, rest = name.replace("\\", "/").partition("/")
+    candidates = [root / rest for known, root in _dataset_roots() if known == label]
+    candidates = candidates or [Path(name)]
+    roots = [str(root) for _, root in _dataset_roots()]
+    inside = [
+        path
+        for path in candidates
+        if path.is_absolute() and any(_is_inside(root, path) for root in roots)
+    ]
+    if not inside:
+        raise DataError(
+            f"folder {name!r}: datasets are read from {' and '.join(roots)} only; move it "
+            "there, or name its parent as `datasets:` in ComfyUI's extra_model_paths.yaml"
+        )
+    for path in inside:
+        if path.is_dir():
+            return path
+    raise DataError(f"folder {name!r}: {inside[0]} does not exist; choose a folder of the list")
+
+
+def recipe_files() -> list[str]:
+    """TOML files in ComfyUI's input folder and beside the LoRAs we made."""
+    found: list[str] = []
+    for label, root in _recipe_roots():
+        found += [f"{label}/{path.name}" for path in sorted(root.glob("*.toml"))]
+    return found
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a name that `recipe_files` gave.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for label, root in _recipe_roots():
+        path = root / name.removeprefix(f"{label}/")
+        if name.startswith(f"{label}/") and path.is_file() and _is_inside(str(root), path):
+            return path
+    raise ConfigError(f"file {name!r}: there is no such recipe; choose one of the list")
+
+
+def check_inside(config: Config) -> None:
+    """Refuse a recipe that reads from elsewhere than ComfyUI's folders.
+
+    Raises:
+        ConfigError: names the setting and the path.
+    """
+    roots = [*_all_roots(), str(_PACK)]
+    for name in FIELDS:
+        value = config.value(name)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and not any(_is_inside(root, path) for root in roots):
+                raise ConfigError(
+                    f"{name} = {path}: a recipe in a workflow may only name files in ComfyUI's "
+                    "model, input, output, datasets and user folders; move it there, or run the "
+                    "recipe from the shell"
+                )
+
+
+def _dataset_roots() -> list[tuple[str, Path]]:
+    """Label and folder; several folders may be called "datasets"."""
+    roots = [("input", Path(folder_paths.get_input_directory()))]
+    known = "datasets" in folder_paths.folder_names_and_paths  # since ComfyUI 0.30
+    datasets = folder_paths.get_folder_paths("datasets") if known else []
+    return roots + [("datasets", Path(folder)) for folder in datasets]
+
+
+def _recipe_roots() -> list[tuple[str, Path]]:
+    return [
+        ("input", Path(folder_paths.get_input_directory())),
+        ("loras", loras_folder()),
+        ("lora_loom", recipes_folder()),
+    ]
+
+
+def _all_roots() -> list[str]:
+    names = folder_paths.folder_names_and_paths
+    models = [folder for name in names if name != "custom_nodes" for folder in names[name][0]]
+    return [
+        *models,
+        folder_paths.models_dir,
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_user_directory(),
+    ]
+
+
+def _is_inside(root: str, path: Path) -> bool:
+    try:
+        real = os.path.realpath(root)
+        return os.path.commonpath((real, os.path.realpath(path))) == real
+    except ValueError:  # other drives, or a null byte in the path
+        return False
+
+
+def _folders_with_images(root: Path, depth: int, below: str = "") -> Iterator[str]:
+    try:
+        entries = sorted(os.scandir(root / below), key=lambda entry: entry.name)
+    except OSError:
+        return
+    if below and any(os.path.splitext(e.name)[1].lower() in IMAGE_EXTENSIONS for e in entries):
+        yield below
+    for entry in entries:
+        if depth and not entry.name.startswith(".") and entry.is_dir():
+            inner = f"{below}/{entry.name}" if below else entry.name
+            yield from _folders_with_images(root, depth - 1, inner)

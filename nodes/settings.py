@@ -1,0 +1,200 @@
+"""Nodes of optional settings for Train LoRA, with a picture of what they do where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..engine import plots, schedules, timesteps
+from ..engine.architectures import ARCHITECTURES
+from ..engine.config_file import Given, build_config
+from .images import to_comfy
+from .sockets import (
+    CATEGORY,
+    LoraType,
+    LrSchedulerType,
+    OptimizerType,
+    OptionsType,
+    TimestepsType,
+    TrainingModelType,
+)
+from .widgets import settings, widget
+
+_DRAWS = 100_000
+_MENU = f"{CATEGORY}/settings"
+
+
+class LoraSettings(io.ComfyNode):
+    """How the LoRA is built and stored."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_LoraSettings",
+            display_name="LoRA Settings",
+            category=_MENU,
+            description="How the LoRA is scaled and stored; its rank is set on Train LoRA.",
+            inputs=[widget("network_alpha"), widget("save_precision")],
+            outputs=[LoraType.Output(display_name="lora")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("LoRA Settings", widgets))
+
+
+class OptimizerSettings(io.ComfyNode):
+    """Which optimizer, with its arguments."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_Optimizer",
+            display_name="Optimizer",
+            category=_MENU,
+            description="The optimizer and its arguments; the learning rate is set on Train LoRA.",
+            inputs=[
+                widget("optimizer_type"),
+                widget(
+                    "optimizer_args",
+                    tooltip="More arguments, one key=value a line: weight_decay, betas, eps.",
+                    placeholder="weight_decay=0.01",
+                ),
+                widget("max_grad_norm"),
+            ],
+            outputs=[OptimizerType.Output(display_name="optimizer")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("Optimizer", widgets))
+
+
+class LrScheduler(io.ComfyNode):
+    """How the learning rate changes over the steps."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_LrScheduler",
+            display_name="LR Scheduler",
+            category=_MENU,
+            description="How the learning rate changes over the training, with its curve.",
+            inputs=[
+                widget("lr_scheduler"),
+                widget(
+                    "lr_warmup_steps",
+                    default=0.0,
+                    tooltip="Warm-up in optimizer steps, or below 1 as a share of all steps.",
+                ),
+                widget(
+                    "max_train_steps",
+                    tooltip="Steps of the curve that is drawn; it does not change the training.",
+                    display_name="shown_steps",
+                    max=100_000,
+                ),
+            ],
+            outputs=[
+                LrSchedulerType.Output(display_name="lr scheduler"),
+                io.Image.Output(display_name="curve"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, max_train_steps: int, **widgets: Any) -> io.NodeOutput:
+        values = settings("LR Scheduler", widgets)
+        config = build_config({name: Given("LR Scheduler", v) for name, v in values.items()})
+        warmup = config.optimizer.warmup_steps(max_train_steps)
+        curve = [
+            schedules.constant_with_warmup(step, warmup_steps=warmup)
+            for step in range(max_train_steps)
+        ]
+        title = f"{config.optimizer.lr_scheduler}, {warmup} steps of warm-up"
+        return io.NodeOutput(values, to_comfy([plots.schedule_curve(curve, title=title)]))
+
+
+class TimestepSampling(io.ComfyNode):
+    """Which noise levels are trained how often."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_TimestepSampling",
+            display_name="Timestep Sampling",
+            category=_MENU,
+            description="Which noise levels are trained how often, with their histogram.",
+            inputs=[
+                widget("timestep_sampling"),
+                widget("discrete_flow_shift", min=0.01),
+                widget("sigmoid_scale", min=0.01),
+                widget("guidance_scale"),
+                io.Int.Input(
+                    "shown_resolution",
+                    default=1024,
+                    min=64,
+                    max=8192,
+                    advanced=True,
+                    tooltip="Side in pixels that the histogram is drawn for; it does not change "
+                    "the training.",
+                ),
+                TrainingModelType.Input(
+                    "model", optional=True, tooltip="Whose family's choice auto is drawn for."
+                ),
+            ],
+            outputs=[
+                TimestepsType.Output(display_name="timesteps"),
+                io.Image.Output(display_name="histogram"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, shown_resolution: int, model: dict[str, Any] | None = None, **widgets: Any
+    ) -> io.NodeOutput:
+        values = settings("Timestep Sampling", widgets)
+        family = (model or {}).get("architecture", "auto")
+        architecture = ARCHITECTURES.get(family) or next(iter(ARCHITECTURES.values()))
+        name = values["timestep_sampling"]
+        name = architecture.default_timestep_sampling if name == "auto" else name
+        side = shown_resolution // architecture.pixels_per_latent
+        times = timesteps.SAMPLERS[name](
+            (torch.arange(_DRAWS) + 0.5) / _DRAWS,
+            scale=values["sigmoid_scale"],
+            fixed_shift=values["discrete_flow_shift"],
+            resolution_shift=architecture.timestep_shift(side, side),
+        )
+        title = f"{name}, pictures of {shown_resolution}x{shown_resolution}"
+        image = plots.time_histogram(times.tolist(), title=title)
+        return io.NodeOutput(values, to_comfy([image]))
+
+
+class TrainingOptions(io.ComfyNode):
+    """How long, how often saved."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_TrainingOptions",
+            display_name="Training Options",
+            category=_MENU,
+            description="More about the run: epochs, gradient accumulation, saving, previews.",
+            inputs=[
+                widget(
+                    "max_train_epochs",
+                    tooltip="Epochs to train instead of Train LoRA's steps; 0: the steps count.",
+                ),
+                widget("gradient_accumulation_steps"),
+                widget("save_every_n_epochs"),
+                widget("autosave_minutes"),
+                widget("infer_steps", display_name="preview_steps", tooltip="Steps of a preview."),
+                widget("embedded_cfg_scale", display_name="preview_guidance"),
+                widget("cpu_threads", advanced=True),
+            ],
+            outputs=[OptionsType.Output(display_name="options")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings("Training Options", widgets))

@@ -1,0 +1,20 @@
+"""Types of our sockets. All carry settings and paths (flat name -> value), never live models."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CATEGORY = "LoRA Loom"
+
+TrainingModelType = io.Custom("LORALOOM_MODEL")
+DatasetType = io.Custom("LORALOOM_DATASET")
+LoraType = io.Custom("LORALOOM_LORA")
+OptimizerType = io.Custom("LORALOOM_OPTIMIZER")
+LrSchedulerType = io.Custom("LORALOOM_LR_SCHEDULER")
+TimestepsType = io.Custom("LORALOOM_TIMESTEPS")
+OptionsType = io.Custom("LORALOOM_OPTIONS")
+TextEncoderType = io.Custom("LORALOOM_TEXT_ENCODER")
+
+# ComfyUI's own; the first goes into its node Load LoRA Model, the second into Loss Graph.
+LoraModelType = io.Custom("LORA_MODEL")
+LossMapType = io.Custom("LOSS_MAP")

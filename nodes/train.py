@@ -1,0 +1,132 @@
+"""Training Model and Train LoRA: settings in, a finished LoRA out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..engine.architectures import find_architecture
+from ..engine.config import FIELDS
+from ..engine.presets import MEMORY_PRESETS
+from . import paths, training
+from .sockets import (
+    CATEGORY,
+    DatasetType,
+    LoraModelType,
+    LoraType,
+    LossMapType,
+    LrSchedulerType,
+    OptimizerType,
+    OptionsType,
+    TimestepsType,
+    TrainingModelType,
+)
+from .widgets import settings, widget
+
+
+class TrainingModel(io.ComfyNode):
+    """The model that a LoRA is trained for."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        presets = "; ".join(f"{name}: {preset.help}" for name, preset in MEMORY_PRESETS.items())
+        return io.Schema(
+            node_id="LoraLoom_TrainingModel",
+            display_name="Training Model",
+            category=CATEGORY,
+            description="The diffusion model that the LoRA is for. It is only read when the "
+            "training starts, in a process of its own.",
+            search_aliases=["train", "flux"],
+            inputs=[
+                io.Combo.Input(
+                    "dit", options=paths.diffusion_models(), tooltip=FIELDS["dit"].description
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MEMORY_PRESETS),
+                    tooltip=f"Speed against memory. {presets}.",
+                ),
+                widget("architecture", advanced=True),
+                widget("mixed_precision", advanced=True),
+            ],
+            outputs=[TrainingModelType.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls, dit: str, memory: str, architecture: str, mixed_precision: str
+    ) -> io.NodeOutput:
+        path = paths.diffusion_model(dit)
+        family = find_architecture(architecture, path)
+        own = {"architecture": family.name, "mixed_precision": mixed_precision}
+        values = settings("Training Model", own | MEMORY_PRESETS[memory].settings)
+        return io.NodeOutput(values | {"dit": path})
+
+
+class TrainLora(io.ComfyNode):
+    """Trains in a child process; the output is the finished file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoom_TrainLora",
+            display_name="Train LoRA",
+            category=CATEGORY,
+            description="Trains a LoRA. Cancel stops and saves; queueing again continues where it "
+            "was, and returns at once when it is finished. The file is in ComfyUI's list of LoRAs.",
+            search_aliases=["train", "lora", "finetune"],
+            is_output_node=True,
+            inputs=[
+                *training_inputs(),
+                io.Combo.Input(
+                    "existing_run",
+                    options=list(training.EXISTING_RUN),
+                    advanced=True,
+                    tooltip="What to do with an earlier run of the same name: continue it, or "
+                    "replace it by a new one.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews."),
+            ],
+            outputs=[
+                LoraModelType.Output(display_name="lora"),
+                io.String.Output(display_name="lora path"),
+                LossMapType.Output(display_name="loss map"),
+                io.Image.Output(display_name="loss curve"),
+                io.Image.Output(display_name="previews"),
+                io.String.Output(display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, output_name: Any = None, existing_run: Any = None, **inputs: Any
+    ) -> bool:
+        return existing_run == "continue" and training.lora_exists(output_name)
+
+    @classmethod
+    def execute(cls, existing_run: str, vae: Any = None, **inputs: Any) -> io.NodeOutput:
+        config = training.config("Train LoRA", existing_run, inputs)
+        messages = training.train(config, cls.hidden.unique_id)
+        return training.results(config, vae, messages, cls)
+
+
+def training_inputs() -> list[io.Input]:
+    """What decides a training, for the nodes that start it or write it down."""
+    return [
+        TrainingModelType.Input("model"),
+        DatasetType.Input("dataset"),
+        widget("output_name", default="my_lora"),
+        widget("max_train_steps"),
+        widget("learning_rate"),
+        widget("network_dim"),
+        widget("seed", control_after_generate=io.ControlAfterGenerate.fixed),
+        widget("save_every_n_steps"),
+        widget("preview_images"),
+        LoraType.Input("lora", optional=True),
+        OptimizerType.Input("optimizer", optional=True),
+        LrSchedulerType.Input("lr_scheduler", optional=True),
+        TimestepsType.Input("timesteps", optional=True),
+        OptionsType.Input("options", optional=True),
+    ]

@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
 from .config import Config
 from .config_file import load_config, to_toml
@@ -141,5 +142,13 @@ def _add_events(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _end(code: int) -> NoReturn:
+    """End at once: to take torch down takes up to a second, and a parent waits for our end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import IO
 
@@ -58,10 +59,15 @@ class ConsoleReporter:
 
 
 def json_lines(stream: IO[str]) -> Reporter:
-    """A reporter that writes one line per event and flushes it."""
+    """A reporter that writes one line per event and flushes it.
+
+    When nobody reads them any more, events are dropped: a job whose parent has died must be able
+    to save.
+    """
 
     def report(event: Event) -> None:
-        stream.write(f"{to_line(event)}\n")
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.write(f"{to_line(event)}\n")
+            stream.flush()
 
     return report

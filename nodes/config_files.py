@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -115,7 +116,7 @@ class ConfigFromToml(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, toml: str) -> io.NodeOutput:
         config = _read(file, toml)
-        paths.check_inside(config)
+        paths.check_inside(config, itertools.chain(*_PARTS.values()))
         parts = [{name: config.value(name) for name in names} for names in _PARTS.values()]
         values = [config.value(name) for name in _WIDGETS]
         return io.NodeOutput(*parts, values[0] or "my_lora", *values[1:])

@@ -57,9 +57,10 @@ class DatasetFromFolder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None, control_folder: str | None) -> bool | str:
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        # Any folder below the roots will do, not only one of the list.
         try:
-            _folders(folder, control_folder)
+            _folders(folder)
         except DataError as error:
             return str(error)
         return True

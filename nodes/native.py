@@ -13,6 +13,7 @@ from ..engine.architectures import ARCHITECTURES
 from ..engine.architectures.base import Architecture
 from ..engine.errors import DataError
 from ..engine.jobs.cache import Encoders, Facts
+from .images import as_comfy
 
 _SAMPLED_VALUES = 64  # of each tensor of an encoder
 # ComfyUI's class of the text encoders -> our family, and the family's latents in ComfyUI.
@@ -48,11 +49,12 @@ def architecture_of(vae: Any, clip: Any) -> Architecture:
 
 def encoders(vae: Any, clip: Any, architecture: Architecture) -> Encoders:
     """ComfyUI's encoders for the cache job."""
+    # Half the size, and finer than the bfloat16 that most models read them in.
     exact = torch.float32 in clip.cond_stage_model.dtypes
-    dtype = torch.float32 if exact else torch.bfloat16
+    dtype = torch.float32 if exact else torch.float16
 
     def encode_image(pixels_1CHW: Tensor) -> Tensor:
-        raw = vae.encode(pixels_1CHW.movedim(1, -1).add(1).div(2))
+        raw = vae.encode(as_comfy(pixels_1CHW))
         return architecture.normalize_latents(raw.float())[0][:, None]
 
     def encode_text(captions: list[str], max_length: int) -> list[dict[str, Tensor]]:
@@ -60,7 +62,7 @@ def encoders(vae: Any, clip: Any, architecture: Architecture) -> Encoders:
 
     latent_facts: Facts = {"vae": f"comfyui {_identity(vae.patcher)}", "vae_dtype": None}
     text_facts: Facts = {
-        "text_encoder1": f"comfyui {_identity(clip.patcher)}",
+        "text_encoder1": f"comfyui {_identity(clip.patcher)}, layer {clip.layer_idx}",
         "text_encoder2": None,
         "tokenizer1": None,
         "tokenizer2": None,
@@ -88,7 +90,7 @@ def _encode_caption(
     clip: Any, caption: str, max_length: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """FLUX: T5's embedding of every token and CLIP's pooled one."""
-    options = {"t5xxl_min_length": max_length}
+    options = {"t5xxl_min_length": max_length, "t5xxl_min_padding": 0}
     # Parentheses in a caption are parentheses, not weights.
     tokens = clip.tokenize(caption, disable_weights=True, tokenizer_options=options)
     tokens["t5xxl"] = [

@@ -6,7 +6,7 @@ A workflow comes from anywhere, so what it names is looked up below known folder
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -117,21 +117,27 @@ def recipe_file(name: str) -> Path:
     raise ConfigError(f"file {name!r}: there is no such recipe; choose one of the list")
 
 
-def check_inside(config: Config) -> None:
+def check_inside(config: Config, names: Iterable[str] = FIELDS) -> None:
     """Refuse a recipe that reads from elsewhere than ComfyUI's folders.
+
+    Args:
+        names: the settings that are used of it.
 
     Raises:
         ConfigError: names the setting and the path.
     """
     roots = [*_all_roots(), str(_PACK)]
-    for name in FIELDS:
+    for name in names:
         value = config.value(name)
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path) and not any(_is_inside(root, path) for root in roots):
+            if not isinstance(path, Path):
+                continue
+            # The training process would look for "models/x" elsewhere than ComfyUI does.
+            if not path.is_absolute() or not any(_is_inside(root, path) for root in roots):
                 raise ConfigError(
                     f"{name} = {path}: a recipe in a workflow may only name files in ComfyUI's "
-                    "model, input, output, datasets and user folders; move it there, or run the "
-                    "recipe from the shell"
+                    "model, input, output, datasets and user folders, by their full paths; move "
+                    "it there, or run the recipe from the shell"
                 )
 
 
@@ -179,6 +185,8 @@ def _folders_with_images(root: Path, depth: int, below: str = "") -> Iterator[st
     if below and any(os.path.splitext(e.name)[1].lower() in IMAGE_EXTENSIONS for e in entries):
         yield below
     for entry in entries:
-        if depth and not entry.name.startswith(".") and entry.is_dir():
+        if not depth or entry.name.startswith(".") or not entry.is_dir():
+            continue
+        if not entry.is_symlink() or _is_inside(str(root), Path(entry.path)):
             inner = f"{below}/{entry.name}" if below else entry.name
             yield from _folders_with_images(root, depth - 1, inner)

@@ -16,7 +16,7 @@ from ..engine import launch, media, plots
 from ..engine.atomic_file import write_text
 from ..engine.config import Config
 from ..engine.config_file import to_toml
-from ..engine.errors import EngineError
+from ..engine.errors import ConfigError, EngineError
 from ..engine.jobs import previews
 from ..engine.jobs import train as job
 from ..engine.jobs.outputs import RunFiles, find_start
@@ -44,6 +44,8 @@ def config(where: str, existing_run: str, inputs: Mapping[str, Any]) -> Config:
     """
     widgets = {name: value for name, value in inputs.items() if name not in SOCKETS}
     own = settings(where, widgets) | EXISTING_RUN[existing_run]
+    if own["output_name"] is None:
+        raise ConfigError(f"{where}: output_name is empty; give the LoRA a name")
     parts = [inputs.get(name) for name in SOCKETS]
     return combine(*parts, own, {"output_dir": paths.loras_folder()}, where=where)
 

@@ -31,13 +31,15 @@ def widget(name: str, *, advanced: bool = False, **changes: Any) -> io.Input:
     field = FIELDS[name]
     kinds = base_types(field.annotation)
     optional = type(None) in kinds
-    options = {"tooltip": _tooltip(field, optional=optional), "advanced": advanced or None}
+    options = {"tooltip": field.description, "advanced": advanced or None}
     if choices := _choices(kinds):
         return io.Combo.Input(
             name, **{**options, "options": choices, "default": field.default} | changes
         )
     if kinds & {int, float} and bool not in kinds:
         options |= _range(field, optional=optional)
+        if optional:
+            options["tooltip"] = f"{field.description} 0: unset."
         if float in kinds:
             options |= {"step": _STEPS.get(name, _STEP), "round": False}
             return io.Float.Input(name, **options | changes)
@@ -78,7 +80,7 @@ def _value(field: FieldInfo, value: Any) -> Any:
         return [line.strip() for line in value.splitlines() if line.strip()]
     if type(None) in kinds and not value:
         return None
-    if {int, float} <= kinds and value >= 1 and value == int(value):
+    if {int, float} <= kinds and isinstance(value, float) and value >= 1 and value.is_integer():
         return int(value)
     if tuple in kinds:
         return (value, value)
@@ -99,7 +101,3 @@ def _range(field: FieldInfo, *, optional: bool) -> dict[str, Any]:
     if optional:
         found["min"] = 0
     return {"min": 0, "max": _LARGEST, **found}
-
-
-def _tooltip(field: FieldInfo, *, optional: bool) -> str:
-    return f"{field.description}{' 0: unset.' if optional else ''}"

@@ -1,4 +1,7 @@
-"""The layers of the engine. A new module goes into the table below, as low as its imports allow."""
+"""The layers of the engine. A new module goes into the table below, as low as its imports allow.
+
+`nodes/test_imports.py` has the rules for nodes.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,17 @@ USERS_OF_FAMILIES = {"architectures/__init__", *LAYERS["demo"].split()}
 COMFYUI = {"folder_paths", "nodes", "server"}  # besides everything that begins with comfy
 OURSELVES = {"engine", "pack"}
 HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "transformers"}
+# What a single module of the pack may import.
+ONLY_IN = {"folder_paths": "nodes/paths.py", "subprocess": "engine/launch.py"}
 
 Import = ast.Import | ast.ImportFrom
 
 
-def modules() -> dict[str, str]:
-    """The source of every module by its path within the engine."""
+def modules(folder: Path = ENGINE) -> dict[str, str]:
+    """The source of every module by its path within the folder."""
     return {
-        path.relative_to(ENGINE).with_suffix("").as_posix(): path.read_text("utf-8")
-        for path in ENGINE.rglob("*.py")
+        path.relative_to(folder).with_suffix("").as_posix(): path.read_text("utf-8")
+        for path in folder.rglob("*.py")
     }
 
 
@@ -82,25 +87,34 @@ def relative(module: str, node: Import) -> list[str]:
     if up > len(folders):
         return [""]
     base = [*folders[: len(folders) - up], *(node.module or "").split(".")]
-    return [_module(base, alias.name) for alias in node.names]
+    return [module_of(base, alias.name) for alias in node.names]
 
 
-def _module(base: list[str], name: str) -> str:
+def module_of(base: list[str], name: str) -> str:
     """What "from base import name" loads: a module of a package, or the one that has the name."""
     inside, itself = "/".join(filter(None, [*base, name])), "/".join(filter(None, base))
     known = [inside, f"{inside}/__init__", itself, f"{itself}/__init__"]
     return next((module for module in known if module in LAYER_OF), inside)
 
 
-def problem_of_package(package: str, *, in_function: bool) -> str:
+def problem_of_package(file: str, package: str, *, in_function: bool) -> str:
     """What is wrong with importing an installed package, or nothing."""
-    if package.startswith("comfy") or package in COMFYUI:
+    ours = file.startswith("engine/")
+    if ours and (package.startswith("comfy") or package in COMFYUI):
         return "the engine runs without ComfyUI"
     if package in OURSELVES:
         return "ComfyUI loads us under another name; import relatively"
     if package in HEAVY and not in_function:
         return "import heavy libraries inside the function that needs them"
+    if ONLY_IN.get(package, file) != file:
+        return f"only {ONLY_IN[package]} does that; call it"
     return ""
+
+
+def is_family(target: str) -> bool:
+    """Whether a module of the engine is a single model family."""
+    folder, _, name = target.rpartition("/")
+    return folder == "architectures" and name not in ("__init__", "base")
 
 
 def problem_of_module(module: str, target: str) -> str:
@@ -114,22 +128,23 @@ def problem_of_module(module: str, target: str) -> str:
         return f"{ours} may not import from {theirs}, which is above"
     if theirs == "settings" and ours not in READERS_OF_SETTINGS:
         return f"{ours} may not read settings; pass the values"
-    family = theirs == "architectures" and target.rpartition("/")[2] not in ("__init__", "base")
-    if family and module not in USERS_OF_FAMILIES:
+    if is_family(target) and module not in USERS_OF_FAMILIES:
         return "a family is used through the protocol in architectures/base"
     return ""
 
 
 def problems(module: str, source: str) -> list[str]:
-    """Everything in ``source`` that breaks a rule, one sentence each."""
+    """Everything in a module of the engine that breaks a rule, one sentence each."""
+    file = f"engine/{module}.py"
     found: list[tuple[int, str, str]] = []
     for node, in_function in imports(ast.parse(source)):
         for name in absolute(node):
-            found.append((node.lineno, name, problem_of_package(name, in_function=in_function)))
+            problem = problem_of_package(file, name, in_function=in_function)
+            found.append((node.lineno, name, problem))
         for name in relative(module, node):
             found.append((node.lineno, name, problem_of_module(module, name)))
     return [
-        f"engine/{module}.py:{line} imports {name or 'from above'}: {problem}"
+        f"{file}:{line} imports {name or 'from above'}: {problem}"
         for line, name, problem in found
         if problem
     ]
@@ -185,6 +200,7 @@ def test_no_module_imports_itself_through_others() -> None:
         ("weights", "import engine.flow", "import relatively"),
         ("weights", "from pack.engine import flow", "import relatively"),
         ("weights", "from . import brand_new", "in no layer"),
+        ("jobs/train", "def f():\n    import subprocess", "only engine/launch.py does that"),
     ],
 )
 def test_a_wrong_import_is_refused(module: str, source: str, reason: str) -> None:
@@ -200,16 +216,22 @@ def test_a_wrong_import_is_refused(module: str, source: str, reason: str) -> Non
         ("jobs/train", "import torch\nfrom .. import flow, lora\nfrom ..config import Config"),
         ("jobs/train", "from ..architectures import find_architecture\nfrom . import cache"),
         ("architectures/__init__", "from .flux_kontext import FluxKontext\nfrom .. import flow"),
+        ("launch", "import subprocess"),
     ],
 )
 def test_a_right_import_is_not_refused(module: str, source: str) -> None:
     assert problems(module, source) == []
 
 
-def test_starting_the_shell_loads_nothing_heavy() -> None:
-    code = "import sys, engine.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+def loaded_by(*names: str) -> set[str]:
+    """The packages that a new Python has loaded when it has imported these modules."""
+    code = f"import sys, {', '.join(names)}; print(*{{n.partition('.')[0] for n in sys.modules}})"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "engine" in run.stdout.split()
-    assert not {"torch", *HEAVY} & set(run.stdout.split())
+    return set(run.stdout.split())
+
+
+def test_starting_the_shell_loads_nothing_heavy() -> None:
+    loaded = loaded_by("engine.__main__")
+    assert "engine" in loaded and not {"torch", *HEAVY} & loaded

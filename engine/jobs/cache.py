@@ -103,18 +103,27 @@ def cached_items(config: Config, architecture: Architecture, report: Reporter) -
         ConfigError: something is missing and the encoders are not configured.
     """
     todo = plan(config, architecture)
+    require_encoders(config, todo)
+    if todo.stale_latents or todo.stale_text:
+        _update(config, architecture, todo, report)
+    return [item(config, entry) for entry in todo.entries]
+
+
+def require_encoders(config: Config, todo: Plan) -> None:
+    """Check that what is to be encoded can be.
+
+    Raises:
+        ConfigError: encoders are not configured.
+    """
     encoders = {"vae": bool(todo.stale_latents)}
     encoders |= dict.fromkeys(("text_encoder1", "text_encoder2"), bool(todo.stale_text))
     absent = [name for name, needed in encoders.items() if needed and config.value(name) is None]
     if absent:
         raise ConfigError(
             f"{len(todo.stale_latents)} of {len(todo.entries)} images and {len(todo.stale_text)} "
-            f"captions are not in the cache; give {', '.join(absent)} so that they can be encoded, "
-            "or run the cache job first"
+            "captions are not in the cache; encode them first (the cache job, in ComfyUI the node "
+            f"Cache Dataset), or give {', '.join(absent)} so that the training can do it"
         )
-    if todo.stale_latents or todo.stale_text:
-        _update(config, architecture, todo, report)
-    return [item(config, entry) for entry in todo.entries]
 
 
 def plan(

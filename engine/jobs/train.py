@@ -101,6 +101,7 @@ def is_finished(config: Config) -> bool:
     files, state_path = outputs.find_start(config)
     architecture = find_architecture(config.model.architecture, config.model.dit)
     todo = cache.plan(config, architecture)
+    cache.require_encoders(config, todo)
     if state_path is None or todo.stale_latents or todo.stale_text:
         return False
     items = [cache.item(config, entry) for entry in todo.entries]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pack.tests.comfyui.server import ComfyServer
 
 _SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -51,3 +53,13 @@ def comfyui() -> ComfyUI:
             f"{python} lacks ComfyUI's requirements; set COMFYUI_PYTHON to one that has them"
         )
     return ComfyUI(folder, python)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """One server with the pack for all tests; what they write into it, the others see."""
+    check = subprocess.run([str(comfyui.python), "-c", "import diffusers, matplotlib, pydantic"])
+    if check.returncode:
+        pytest.skip(f"run {comfyui.python} -m pip install -r requirements.txt first")
+    with ComfyServer(comfyui.folder, comfyui.python, tmp_path_factory.mktemp("server")) as running:
+        yield running

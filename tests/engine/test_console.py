@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,14 @@ def test_a_program_reads_each_event_as_soon_as_it_is_reported(tmp_path: Path) ->
         for number, event in enumerate(events, 1):
             report(event)
             assert [from_line(line) for line in path.read_text().splitlines()] == events[:number]
+
+
+def test_a_job_goes_on_when_nobody_reads_its_events_any_more() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w")  # noqa: SIM115  closing it raises
+    report = json_lines(stream)
+    for text in ("one", "two"):
+        report(Message(text))
+    with pytest.raises(BrokenPipeError):
+        stream.close()

@@ -1,0 +1,199 @@
+"""A recipe goes through the sockets and widgets of the nodes and comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pack.engine.config import FIELDS, Config
+from pack.engine.config_file import Given, build_config, parse_config, to_toml
+from pack.engine.errors import ConfigError, EngineError
+from pack.tests.nodes.stand_ins import FolderPaths
+
+# Another value than the default for every setting that goes through the nodes; paths are
+# relative to ComfyUI.
+OTHER: dict[str, Any] = {
+    "architecture": "flux_kontext",
+    "dit": Path("models/unet/flux.safetensors"),
+    "vae": Path("models/vae/ae.safetensors"),
+    "text_encoder1": Path("models/text_encoders/t5xxl.safetensors"),
+    "text_encoder2": Path("models/text_encoders/clip_l.safetensors"),
+    "tokenizer1": Path("models/text_encoders/t5"),
+    "tokenizer2": Path("models/text_encoders/clip"),
+    "vae_dtype": "fp32",
+    "text_encoder_dtype": "bf16",
+    "image_directory": Path('input/"cats" \\ & dögs'),
+    "control_directory": Path("datasets/control"),
+    "cache_directory": Path("user/cache"),
+    "caption_extension": ".caption",
+    "resolution": (512, 768),
+    "enable_bucket": False,
+    "bucket_no_upscale": True,
+    "batch_size": 3,
+    "num_repeats": 2,
+    "text_max_length": 256,
+    "network_module": "networks.lora_flux",
+    "network_dim": 8,
+    "network_alpha": 0.1,
+    "optimizer_args": ["weight_decay=0.1", "betas=(0.9, 0.99)"],
+    "learning_rate": 3e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 0.05,
+    "max_grad_norm": 0.0,
+    "timestep_sampling": "shift",
+    "discrete_flow_shift": 3.0,
+    "sigmoid_scale": 0.7,
+    "guidance_scale": 3.5,
+    "max_train_steps": 123,
+    "max_train_epochs": 4,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True,
+    "mixed_precision": "no",
+    "output_name": "猫 #1",
+    "save_every_n_epochs": 5,
+    "autosave_minutes": 0.0,
+    "save_precision": "fp32",
+    "infer_steps": 8,
+    "embedded_cfg_scale": 1.0,
+    "flow_shift": 2.0,
+    "seed": 2**32 - 1,
+    "device": "cuda:1",
+    "cpu_threads": 1,
+}
+# There is only one that can be chosen.
+ONLY_ONE = {"optimizer_type"}
+LEFT_OUT = {
+    "output_dir": "the node writes where ComfyUI lists LoRAs",
+    "resume": "the choice existing_run says it",
+    "overwrite": "the choice existing_run says it",
+    "save_every_n_steps": "a widget of Train LoRA; it changes nothing of the training",
+    "preview_images": "a widget of Train LoRA; it changes nothing of the training",
+    "sdpa": "changes nothing",
+    "max_data_loader_n_workers": "changes nothing",
+    "persistent_data_loader_workers": "changes nothing",
+    "prompt": "only for generating",
+    "from_file": "only for generating",
+    "image_size": "only for generating",
+    "lora_weight": "only for generating",
+    "lora_multiplier": "only for generating",
+    "control_image_path": "only for generating",
+    "save_path": "only for generating",
+}
+
+
+@pytest.fixture
+def config_files(load: Callable[[str], Any], comfyui: FolderPaths) -> Any:
+    return load("config_files")
+
+
+def read(config_files: Any, toml: str) -> dict[str, Any]:
+    """What comes out of Training Config from TOML, by the names of its outputs."""
+    outputs = config_files.ConfigFromToml.define_schema().outputs
+    result = config_files.ConfigFromToml.execute(file="none", toml=toml)
+    return dict(zip([output.display_name for output in outputs], result.values, strict=True))
+
+
+def settings_in(outputs: dict[str, Any]) -> list[str]:
+    """The settings that the outputs carry, in sockets or as themselves."""
+    return [
+        name
+        for output, value in outputs.items()
+        for name in (value if isinstance(value, dict) else [output])
+    ]
+
+
+def config_with(base: Path, **values: Any) -> Config:
+    """A config whose relative paths are made whole."""
+    whole = {
+        name: base / value if isinstance(value, Path) else value for name, value in values.items()
+    }
+    return build_config({name: Given("test", value) for name, value in whole.items()})
+
+
+def test_every_setting_goes_through_one_output_or_is_left_out_on_purpose(
+    config_files: Any,
+) -> None:
+    carried = settings_in(read(config_files, "seed = 1"))
+    assert len(carried) == len(set(carried))
+    assert not set(carried) & LEFT_OUT.keys()
+    assert set(carried) | LEFT_OUT.keys() == FIELDS.keys()
+
+
+def test_every_setting_that_goes_through_is_tested_with_another_value(
+    config_files: Any, comfyui: FolderPaths
+) -> None:
+    assert OTHER.keys() | ONLY_ONE == set(settings_in(read(config_files, "seed = 1")))
+    config = config_with(comfyui.base, **OTHER)
+    assert not [name for name in OTHER if config.value(name) == Config().value(name)]
+
+
+@given(names=st.sets(st.sampled_from(sorted(OTHER))))
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_a_recipe_comes_back_as_it_was(
+    config_files: Any, comfyui: FolderPaths, names: set[str]
+) -> None:
+    config = config_with(
+        comfyui.base, **{"output_name": "cats"} | {name: OTHER[name] for name in names}
+    )
+    inputs = read(config_files, to_toml(config))
+    widgets = {"save_every_n_steps": 0, "preview_images": 0}
+    toml, path = config_files.ConfigToToml.execute(**inputs, **widgets).values
+
+    again = parse_config(toml, "again")
+    for name in FIELDS.keys() - LEFT_OUT.keys():
+        assert again.value(name) == config.value(name), name
+    assert again.output.output_dir == comfyui.base / "output/loras"
+    assert Path(path).read_text("utf-8") == toml
+    assert Path(path) == comfyui.base / f"output/lora_loom/{config.output.output_name}.toml"
+
+
+def test_a_recipe_without_a_name_has_one_afterwards(config_files: Any) -> None:
+    assert read(config_files, "seed = 1")["output_name"] == "my_lora"
+
+
+def test_a_file_is_read_when_there_is_no_text(config_files: Any, comfyui: FolderPaths) -> None:
+    (comfyui.base / "input/a.toml").write_text("seed = 5")
+    from_toml = config_files.ConfigFromToml
+    file, text = from_toml.define_schema().inputs
+    assert file.options["options"] == ["none", "input/a.toml"]
+    assert from_toml.execute(file="input/a.toml", toml=" \n").values[-1] == 5
+    assert from_toml.execute(file="input/a.toml", toml="seed = 6").values[-1] == 6
+    assert text.options["default"] == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "toml", "message"),
+    [
+        ("none", "", "Training Config from TOML: choose a file, or paste a recipe into toml"),
+        ("input/gone.toml", "", "file 'input/gone.toml': there is no such recipe"),
+        ("none", "sede = 1", "toml: sede = 1: unknown setting; did you mean 'seed'?"),
+        ("none", "seed", "toml: this is not valid TOML: "),
+        ("none", "dit = '/etc/passwd'", "dit = /etc/passwd: a recipe in a workflow may only"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_one_sentence(
+    config_files: Any, file: str, toml: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_files.ConfigFromToml.execute(file=file, toml=toml)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_file_is_checked_as_a_text_is(config_files: Any, comfyui: FolderPaths) -> None:
+    (comfyui.base / "input/a.toml").write_text("vae = '~/.ssh/id_rsa'")
+    with pytest.raises(EngineError, match=r"^vae = .*id_rsa: a recipe in a workflow"):
+        config_files.ConfigFromToml.execute(file="input/a.toml", toml="")
+
+
+def test_paths_of_a_recipe_that_are_not_used_may_be_anywhere(config_files: Any) -> None:
+    text = "output_dir = '/data/loras'\nsave_path = '/data/pictures'\nnetwork_dim = 7"
+    values = config_files.ConfigFromToml.execute(file="none", toml=text)
+    assert 7 in values.values

@@ -114,11 +114,11 @@ class CacheDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset: dict[str, Any], vae: Any, clip: Any) -> io.NodeOutput:
-        progress = NodeProgress(cls.hidden.unique_id)
-        architecture = native.architecture_of(vae, clip)
-        config = combine(dataset, where="Cache Dataset")
-        encoders = native.encoders(vae, clip, architecture)
-        cache.run_with(config, architecture, encoders, progress)
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            architecture = native.architecture_of(vae, clip)
+            config = combine(dataset, where="Cache Dataset")
+            encoders = native.encoders(vae, clip, architecture)
+            cache.run_with(config, architecture, encoders, progress)
         report = progress.messages[-1]
         return io.NodeOutput(dataset, report, ui=ui.PreviewText(report))
 

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import logging
+from types import TracebackType
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
+from ..engine.errors import EngineError
 from ..engine.events import Event, Message, Progress, in_words
 
 logger = logging.getLogger(__name__)
 
 
 class NodeProgress:
-    """Shows what a job reports on the node ``node_id``."""
+    """Shows what a job reports on the node ``node_id``; in a ``with`` block also its errors."""
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
-        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
+        self._task = ""
+        self._bar: Any = None
         self.last: Progress | None = None
         self.messages: list[str] = []
+
+    def __enter__(self) -> NodeProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # ComfyUI shows that there is an error at once, but what it is only on request.
+        if isinstance(error, EngineError):
+            self.message("error", "error", str(error))
 
     def __call__(self, event: Event) -> None:
         """A reporter; raises ComfyUI's interrupt when the user has cancelled."""
@@ -28,13 +45,17 @@ class NodeProgress:
             if event.task == "train":
                 self.last = event
             self.text(f"{event.task} {event.done}/{event.total} {in_words(event)}".strip())
+            if event.task != self._task:
+                # A bar shows nothing before it is further than ever, so each task gets its own.
+                self._task = event.task
+                self._bar = comfy.utils.ProgressBar(event.total, node_id=self._node_id)
             self._bar.update_absolute(event.done, event.total)
         elif isinstance(event, Message):
             self.messages.append(event.text)
             level = logging.WARNING if event.level == "warning" else logging.INFO
             logger.log(level, "%s", event.text)
             if event.level == "warning":
-                self.message("warning", "LoRA Loom", event.text)
+                self.message("warning", "note", event.text)
 
     def text(self, text: str) -> None:
         """Show one line on the node while it runs."""

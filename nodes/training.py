@@ -67,24 +67,25 @@ def train(config: Config, node_id: str) -> list[str]:
     files, _ = find_start(config)
     if job.is_finished(config):
         return [f"{files.lora.name} was finished already"]
-    progress = NodeProgress(node_id)
-    progress.text("starting the training process")
-    free_memory()
-    # Not beside the LoRA: there lies the recipe of what was trained so far.
-    recipe = paths.temporary_file(f"{files.name}.toml")
-    write_text(recipe, to_toml(config))
-    try:
-        ended = launch.run_job(
-            "train", recipe, log=files.log, on_event=progress, poll=check_cancelled
-        )
-    except InterruptProcessingException:
-        progress.message("info", "Training stopped", _stopped(progress))
-        logger.info("%s", _stopped(progress))
-        raise
-    if ended.stopped:
-        raise EngineError(
-            f"something else than Cancel ended the training process. {_stopped(progress)}"
-        )
+    with NodeProgress(node_id) as progress:
+        progress.text("starting the training process")
+        free_memory()
+        # Not beside the LoRA: there lies the recipe of what was trained so far.
+        recipe = paths.temporary_file(f"{files.name}.toml")
+        write_text(recipe, to_toml(config))
+        try:
+            ended = launch.run_job(
+                "train", recipe, log=files.log, on_event=progress, poll=check_cancelled
+            )
+        except InterruptProcessingException:
+            progress.message("info", "stopped", _stopped(progress))
+            logger.info("%s", _stopped(progress))
+            raise
+        if ended.stopped:
+            raise EngineError(
+                f"something else than Cancel ended the training process. {_stopped(progress)}"
+            )
+        progress.text(f"finished: {files.lora.name}")
     return progress.messages
 
 

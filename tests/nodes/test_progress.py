@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from pack.engine.errors import DataError
 from pack.engine.events import Finished, Message, Progress, Saved
 
 NODE = "7:3"
@@ -27,12 +28,16 @@ class Screen:
         self.sent.append((event, record, client))
 
     def bar(self, total: int, node_id: str) -> Any:
-        """A progress bar that is not shown before it moves."""
+        """As ComfyUI's: it is not shown before it moves, and never when it goes back."""
         screen = self
 
         class Bar:
+            furthest = -1
+
             def update_absolute(self, done: int, total: int) -> None:
-                screen.sent.append(("bar", done, total, node_id))
+                if done > self.furthest:
+                    screen.sent.append(("bar", done, total, node_id))
+                self.furthest = max(done, self.furthest)
 
         return Bar()
 
@@ -87,7 +92,7 @@ def test_a_warning_is_shown_in_a_corner_of_the_window_too(
     progress: Any, screen: Screen, caplog: pytest.LogCaptureFixture
 ) -> None:
     progress(Message("It is slow.", level="warning"))
-    shown = {"node_id": NODE, "level": "warning", "summary": "LoRA Loom", "detail": "It is slow."}
+    shown = {"node_id": NODE, "level": "warning", "summary": "note", "detail": "It is slow."}
     assert screen.sent == [("lora_loom.message", shown, "browser")]
     assert progress.messages == ["It is slow."]
     assert [line.levelname for line in caplog.records] == ["WARNING"]
@@ -123,3 +128,26 @@ def test_memory_is_only_given_back_when_no_model_holds_it(
         monkeypatch.setattr(sys.modules["comfy.model_management"], name, record, raising=False)
     load("progress").free_memory()
     assert called == ["unload_all_models", "soft_empty_cache"]
+
+
+def test_a_task_after_a_longer_one_moves_the_bar_from_its_first_step(
+    progress: Any, screen: Screen
+) -> None:
+    for event in (Progress("cache images", 20, 20), Progress("train", 1, 400)):
+        progress(event)
+    assert [sent for sent in screen.sent if sent[0] == "bar"] == [
+        ("bar", 20, 20, NODE),
+        ("bar", 1, 400, NODE),
+    ]
+
+
+def test_an_error_that_a_user_can_mend_is_shown_in_a_corner_of_the_window(
+    progress: Any, screen: Screen
+) -> None:
+    with pytest.raises(DataError), progress:
+        raise DataError("the folder is empty")
+    shown = {"node_id": NODE, "level": "error", "summary": "error", "detail": "the folder is empty"}
+    assert screen.sent == [("lora_loom.message", shown, "browser")]
+    with pytest.raises(ZeroDivisionError), progress:
+        raise ZeroDivisionError
+    assert len(screen.sent) == 1

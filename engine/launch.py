@@ -25,6 +25,11 @@ PACKAGE = Path(__file__).parent
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 120
 _TAIL_LINES = 15
+# "-m" needs a Python that looks into the current folder; that of the portable ComfyUI does not.
+_START = (
+    "import runpy, sys; sys.path = [sys.argv.pop(1), *filter(None, sys.path)]; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 _STOPPED = 3  # exit code of a job that saved and stopped
 
 
@@ -79,11 +84,10 @@ class _Child:
     def __init__(
         self, job: str, config_file: Path, log: IO[bytes], environment: Mapping[str, str]
     ) -> None:
-        command = [sys.executable, "-u", "-m", PACKAGE.name, job, "--config_file", str(config_file)]
+        start = [sys.executable, "-u", "-c", _START, str(PACKAGE.parent), PACKAGE.name]
+        options = ["--config_file", str(config_file), "--events", "json", "--stop_with_input"]
         self.process = subprocess.Popen(
-            [*command, "--events", "json", "--stop_with_input"],
-            # -m finds the package here, whatever name our folder has.
-            cwd=PACKAGE.parent,
+            [*start, job, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

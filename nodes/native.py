@@ -6,11 +6,13 @@ import hashlib
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import torch
 from torch import Tensor
 
 from ..engine.architectures import ARCHITECTURES
 from ..engine.architectures.base import Architecture
+from ..engine.config import Config
 from ..engine.errors import DataError
 from ..engine.jobs.cache import Encoders, Facts
 from .images import as_comfy
@@ -69,6 +71,14 @@ def encoders(vae: Any, clip: Any, architecture: Architecture) -> Encoders:
         "text_encoder_dtype": None,
     }
     return Encoders(latent_facts, text_facts, encode_image, encode_text)
+
+
+def on_comfyuis_device(config: Config) -> Config:
+    """The CPU if ComfyUI was started with --cpu and nothing else is asked for."""
+    if config.runtime.device != "auto" or not comfy.model_management.cpu_mode():
+        return config
+    runtime = config.runtime.model_copy(update={"device": "cpu"})
+    return config.model_copy(update={"runtime": runtime})
 
 
 def decode(vae: Any, raw_latents_NCHW: Tensor) -> Tensor:

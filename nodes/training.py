@@ -65,6 +65,7 @@ def train(config: Config, node_id: str) -> list[str]:
         InterruptProcessingException: the user cancelled; everything is saved.
     """
     files, _ = find_start(config)
+    config = native.on_comfyuis_device(config)
     if job.is_finished(config):
         return [f"{files.lora.name} was finished already"]
     with NodeProgress(node_id) as progress:

@@ -102,7 +102,8 @@ def find_start(config: Config) -> tuple[RunFiles, Path | None]:
         if files.lora.exists() and not output.overwrite:
             raise ConfigError(
                 f"{files.folder} holds {files.lora.name}, but no {files.state.name} to continue "
-                "from; use another output_name, or --overwrite to start again"
+                "from; use another output_name, or start again with --overwrite (on the node: "
+                "existing_run)"
             )
         return files, None
     present = [path.name for path in _taken(files, config)]

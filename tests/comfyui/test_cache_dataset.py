@@ -182,3 +182,32 @@ def test_a_lora_is_trained_on_what_native_encoders_made(
     assert run.status == "success", dict(run.error or {})
     assert len(run.outputs["seen"]["images"]) == 2
     assert (server.base / "output" / "loras" / "loomling.safetensors").exists()
+
+
+def test_the_shipped_flux_workflow_runs_on_small_files(
+    server: ComfyServer, encoders: Encoders
+) -> None:
+    """As it is, but for the text encoders' loader, the sizes and the number of steps."""
+    models = server.base / "models"
+    for folder, source in {
+        "diffusion_models/flux1-kontext-dev.safetensors": draw.TRANSFORMER,
+        "vae/ae.safetensors": draw.AUTOENCODER,
+    }.items():
+        (models / folder).parent.mkdir(exist_ok=True)
+        shutil.copy(DEMO / "model" / source, models / folder)
+    shutil.copytree(DEMO / "dataset" / "held_out", server.base / "input" / "my_dataset")
+    path = PACK / "workflows" / "api" / "flux_kontext_train_and_generate.json"
+    workflow = json.loads(path.read_text("utf-8"))
+    smaller = {
+        "LoraLoom_DatasetFromFolder": {"resolution": 64},
+        "LoraLoom_TrainLora": {"max_train_steps": 2},
+        "EmptySD3LatentImage": {"width": 64, "height": 64},
+    }
+    for node in workflow.values():
+        node["inputs"] |= smaller.get(node["class_type"], {})
+        if node["class_type"] == "DualCLIPLoader":
+            node |= graph(encoders)["clip"]
+    run = server.run(workflow)
+    assert run.status == "success" and not run.node_errors, dict(run.error or {})
+    assert (server.base / "output" / "loras" / "my_lora.safetensors").exists()
+    assert list((server.base / "output" / "lora_loom").glob("flux_kontext_*.png"))

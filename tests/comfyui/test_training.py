@@ -51,6 +51,7 @@ def trained(server: ComfyServer) -> tuple[Run, RunFiles]:
             "VAEDecode", samples=[f"{name} sampled", 0], vae=["demo", 1]
         )
         graph[name] = graphs.node("SaveImage", images=[f"{name} decoded", 0], filename_prefix=name)
+    graph["loss"] = graphs.node("LossGraphNode", loss=["train", 2], filename_prefix="loss")
     graph["previews"] = graphs.node("SaveImage", images=["train", 4], filename_prefix="preview")
     run = server.run(graph)
     assert run.status == "success", run.error
@@ -106,6 +107,7 @@ def test_the_demo_is_trained_and_drawn_in_under_four_minutes(
     gain = measure.similarity(after, creature.draw()) - measure.similarity(before, creature.draw())
     assert gain > 0.1
     assert len(run.outputs["previews"]["images"]) == 4
+    assert image(server, run, "loss").width > 100  # by a native node, from the loss map
     assert image(server, run, "previews", 3).size == (64, 64)
     assert [step.step for step in read_history(result.history)] == list(range(1, STEPS + 1))
 

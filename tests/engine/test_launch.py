@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,20 @@ def test_the_job_is_started_with_its_settings_and_told_to_watch_its_input(
     )
     expected = f"train --config_file {tmp_path / 'run.toml'} --events json --stop_with_inputred"
     assert events == [Message(expected)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the wrapper is a shell script")
+def test_a_python_that_looks_nowhere_else_finds_the_package(
+    run_job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable ComfyUI's reads neither the current folder nor PYTHONPATH; -I is like it."""
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(wrapper))
+    events: list[Event] = []
+    run_job('report(event="message", text=str(sys.flags.isolated))', on_event=events.append)
+    assert events == [Message("1")]
 
 
 def test_the_error_is_the_sentence_of_the_job(run_job: RunJob) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pack.engine.config import Config, RuntimeConfig
 from pack.engine.errors import DataError
 from torch import Tensor, nn
 
@@ -290,3 +292,16 @@ def test_vae_and_text_encoders_have_identities_of_their_own(native: Any) -> None
     assert after[0] == before[0] and after[1] != before[1]
     # A cache that was made from files is made anew.
     assert all(str(identity).startswith("comfyui ") for identity in after)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu_only", "used"),
+    [("auto", True, "cpu"), ("auto", False, "auto"), ("cuda:1", True, "cuda:1")],
+)
+def test_a_comfyui_that_keeps_to_the_cpu_trains_on_it(
+    native: Any, monkeypatch: pytest.MonkeyPatch, asked: str, cpu_only: bool, used: str
+) -> None:
+    management = sys.modules["comfy.model_management"]
+    monkeypatch.setattr(management, "cpu_mode", lambda: cpu_only, raising=False)
+    config = Config(runtime=RuntimeConfig(device=asked))
+    assert native.on_comfyuis_device(config).runtime.device == used

@@ -20,7 +20,7 @@ ENGINE = ROOT / "engine"
 # From the ground up: a module imports from its own layer and those above it in this list.
 LAYERS = {
     "words": "__init__ errors events presets",
-    "settings": "config config_file options options_not_yet",
+    "settings": "config config_file config_types options options_not_yet",
     "mathematics": "buckets flow samplers schedules seeds timesteps",
     "modules and files": """
         atomic_file autoencoders console contact_sheet dataset file_kinds hardware key_table

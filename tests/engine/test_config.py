@@ -15,8 +15,8 @@ from pack.engine.config import (
     OptimizerConfig,
     OutputConfig,
     RuntimeConfig,
-    parse_optimizer_arguments,
 )
+from pack.engine.config_types import parse_optimizer_arguments
 from pack.engine.errors import ConfigError
 from pydantic import ValidationError
 

@@ -1,0 +1,150 @@
+"""Types of settings: what a value may look like, and what it becomes.
+
+Every problem is a ``ValueError`` whose text completes the sentence "expected ...".
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+_FORBIDDEN_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+# What neither a file system nor a TOML file can hold, or only by mistake: "C:\new" has a line end.
+_FORBIDDEN_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+# What AdamW takes besides the learning rate, and what the value must be.
+_OPTIMIZER_ARGUMENTS = {
+    "weight_decay": "a number from 0",
+    "betas": "two numbers from 0 to below 1",
+    "eps": "a number from 0",
+}
+# Other names of number types in the files of musubi-tuner.
+_DTYPE_NAMES = {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def _path(value: Any) -> Any:
+    # pathlib's own expansion fails for "~name" unless there is such a user.
+    return Path(os.path.expanduser(value)) if isinstance(value, str | Path) and value else value
+
+
+def _check_path(value: Path) -> Path:
+    if _FORBIDDEN_IN_PATHS.search(str(value)):
+        raise ValueError(
+            "a path without line ends and the like; backslashes in a TOML file need 'single quotes'"
+        )
+    return value
+
+
+def _dtype_name(value: Any) -> Any:
+    return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+def _optimizer_name(value: Any) -> Any:
+    return "AdamW" if isinstance(value, str) and value.lower() == "adamw" else value
+
+
+def _size(value: Any) -> Any:
+    """One number means a square."""
+    return (value, value) if type(value) is int else tuple(value) if type(value) is list else value
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _share_or_steps(value: Any) -> Any:
+    """ "10%" is the share 0.1."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return float(match[1]) / 100 if match else value
+
+
+def _check_share_or_steps(value: int | float) -> int | float:
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError("whole steps without a dot, or a share of all steps below 1")
+    return value
+
+
+def _check_name(value: str) -> str:
+    if not value.strip() or _FORBIDDEN_IN_NAMES.search(value) or value.strip(". ") != value:
+        raise ValueError('a file name without folder, extension or any of < > : " / \\ | ? *')
+    return value
+
+
+def _check_device(value: str) -> str:
+    if not _DEVICE.fullmatch(value):
+        raise ValueError("one of auto, cpu, cuda, cuda:0 ..., xpu, mps")
+    return value
+
+
+def _check_extension(value: str) -> str:
+    if not re.fullmatch(r"\.\w+", value):
+        raise ValueError('an extension with its dot, such as ".txt"')
+    return value
+
+
+def _check_sdpa(value: bool) -> bool:
+    if not value:
+        raise ValueError("true; PyTorch's own attention is the only one there is")
+    return value
+
+
+def _check_optimizer_arguments(values: list[str]) -> list[str]:
+    parse_optimizer_arguments(values)
+    return values
+
+
+def parse_optimizer_arguments(values: list[str]) -> dict[str, Any]:
+    """``["weight_decay=0.01"]`` -> ``{"weight_decay": 0.01}``; values are Python literals.
+
+    Raises:
+        ValueError: an entry is not ``key=value``, or the key or value is not one AdamW takes.
+    """
+    parsed: dict[str, Any] = {}
+    for entry in values:
+        key, equals, text = (part.strip() for part in entry.partition("="))
+        if not equals or key not in _OPTIMIZER_ARGUMENTS:
+            known = ", ".join(_OPTIMIZER_ARGUMENTS)
+            raise ValueError(f"entries key=value with key one of {known} (not {entry!r})")
+        try:
+            value: Any = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = None
+        numbers = value if key == "betas" and isinstance(value, tuple | list) else (value,)
+        good = len(numbers) == (2 if key == "betas" else 1) and all(
+            type(number) in (int, float) and 0 <= number < (1 if key == "betas" else 1e6)
+            for number in numbers
+        )
+        if not good:
+            raise ValueError(f"{_OPTIMIZER_ARGUMENTS[key]} for {key} (not {text!r})")
+        parsed[key] = tuple(float(n) for n in numbers) if key == "betas" else float(numbers[0])
+    return parsed
+
+
+def _check_multipliers(values: list[float], info: ValidationInfo) -> list[float]:
+    num_loras = len(info.data.get("lora_weight", values))
+    if len(values) > num_loras:
+        raise ValueError(f"at most one value for each of the {num_loras} LoRA files")
+    return values
+
+
+PathSetting = Annotated[Path, BeforeValidator(_path), AfterValidator(_check_path)]
+Side = Annotated[int, Field(ge=16, le=8192)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_size)]
+DtypeOrAuto = Annotated[Literal["auto", "fp32", "bf16", "fp16"], BeforeValidator(_dtype_name)]
+Dtype = Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype_name)]
+Extension = Annotated[str, AfterValidator(_check_extension)]
+FileName = Annotated[str, AfterValidator(_check_name)]
+DeviceName = Annotated[str, AfterValidator(_check_device)]
+OptimizerName = Annotated[Literal["AdamW"], BeforeValidator(_optimizer_name)]
+OptimizerArguments = Annotated[list[str], AfterValidator(_check_optimizer_arguments)]
+ShareOrSteps = Annotated[
+    int | float, BeforeValidator(_share_or_steps), AfterValidator(_check_share_or_steps)
+]
+Sdpa = Annotated[bool, AfterValidator(_check_sdpa)]
+Prompts = Annotated[list[str], BeforeValidator(_one_or_many)]
+Multipliers = Annotated[list[float], AfterValidator(_check_multipliers)]

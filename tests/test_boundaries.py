@@ -29,8 +29,8 @@ LAYERS = {
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """
-        jobs/__init__ jobs/cache jobs/generate jobs/outputs jobs/previews jobs/saving jobs/step
-        jobs/step_log jobs/train
+        jobs/__init__ jobs/cache jobs/generate jobs/outputs jobs/plan jobs/previews jobs/saving
+        jobs/step jobs/step_log jobs/train
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure

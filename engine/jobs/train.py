@@ -6,8 +6,7 @@ that was stopped or killed continues with the same bits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -21,16 +20,19 @@ from .. import hardware, lora, optimizers, schedules, seeds, timesteps, training
 from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config
-from ..dataset import BatchReader, CachedItem, data_identity, epoch_batches
+from ..dataset import BatchReader, CachedItem, data_identity
 from ..errors import ConfigError, EngineError
 from ..events import Finished, Message, Reporter, silent
 from ..loss_history import LossHistory
 from ..signals import Stopped, StopSignals
 from ..weights import open_checkpoint
 from . import cache, outputs, previews
+from .plan import Plan, batches_to_come, plan_run
 from .saving import RunSaver
 from .step import OptimizerStep, SampleTimes, StepResult, VelocityModel
 from .step_log import StepLog
+
+_NEEDED = ("dit", "image_directory", "output_dir", "output_name")
 
 
 def run(config: Config, report: Reporter) -> None:
@@ -41,7 +43,7 @@ def run(config: Config, report: Reporter) -> None:
             full; what was saved before is whole.
         Stopped: a signal ended the run; LoRA and state of all whole steps are saved.
     """
-    config.require("dit", "image_directory", "output_dir", "output_name")
+    config.require(*_NEEDED)
     files, state_path = outputs.find_start(config)
     hardware.use_threads(config.runtime.cpu_threads)
     with StopSignals() as stop:
@@ -49,24 +51,15 @@ def run(config: Config, report: Reporter) -> None:
         report = report if accelerator.is_main_process else silent
         architecture = find_architecture(config.model.architecture, config.model.dit)
         items = cache.cached_items(config, architecture, report)
-        recipe = _recipe(config, architecture, accelerator.num_processes)
-        data = data_identity(items)
-        start = _steps_done(state_path, recipe, data, report) if state_path else 0
-        plan = _plan(config, items, accelerator.num_processes, start)
-        finished = start >= plan.total_steps and _is_saved(files.lora, start)
-        if finished:
-            report(Message(f"{files.lora} is finished: {start} of {plan.total_steps} steps"))
-            if _has_previews(config, files):
-                report(Finished("train"))
-                return
+        start = _look(config, architecture, items, files, state_path, accelerator.num_processes)
+        _tell(config, start, report)
+        if start.finished and _has_previews(config, files):
+            report(Finished("train"))
+            return
         take_step, network, shapes = _build(config, architecture, accelerator)
         if state_path:
             training_state.load_state(state_path, network, take_step.optimizer, take_step.scaler)
-        if state_path and not finished:
-            report(Message(f"continuing after step {start} of {plan.total_steps}"))
-        elif config.output.resume and not state_path:
-            report(Message(f"there is nothing to continue in {files.folder}; starting at step 0"))
-        if not finished:
+        if not start.finished:
             saver = RunSaver(
                 config=config,
                 architecture=architecture,
@@ -75,16 +68,16 @@ def run(config: Config, report: Reporter) -> None:
                 shapes=shapes,
                 optimizer=take_step.optimizer,
                 scaler=take_step.scaler,
-                recipe=recipe,
-                data=data,
+                recipe=start.recipe,
+                data=start.data,
                 num_items=len(items),
-                total_steps=plan.total_steps,
+                total_steps=start.plan.total_steps,
                 report=report,
             )
             history = nullcontext()
             if accelerator.is_main_process:
-                history = _prepare_folder(files, state_path, start)
-            _loop(config, accelerator, items, plan, take_step, saver, stop, history)
+                history = _prepare_folder(start)
+            _loop(config, accelerator, items, start.plan, take_step, saver, stop, history)
         if config.output.preview_images and accelerator.is_main_process:
             transformer = _transformer(take_step)
             previews.draw(config, architecture, transformer, items, files, report, stop)
@@ -92,12 +85,12 @@ def run(config: Config, report: Reporter) -> None:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether `run` would have nothing to do; loads no model and takes milliseconds.
+    """Whether `run` would have nothing to do and to say; loads no model.
 
     Raises:
         EngineError: as `run`, for what is wrong with settings, files or an earlier run.
     """
-    config.require("dit", "image_directory", "output_dir", "output_name")
+    config.require(*_NEEDED)
     files, state_path = outputs.find_start(config)
     architecture = find_architecture(config.model.architecture, config.model.dit)
     todo = cache.plan(config, architecture)
@@ -105,15 +98,62 @@ def is_finished(config: Config) -> bool:
     if state_path is None or todo.stale_latents or todo.stale_text:
         return False
     items = [cache.item(config, entry) for entry in todo.entries]
+    start = _look(config, architecture, items, files, state_path, num_processes=1)
+    return start.finished and not start.data_changed and _has_previews(config, files)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is there before anything is loaded.
+
+    ``recipe`` are the settings that decide the result, ``data`` the identity of the data, of which
+    ``data_changed`` says that the saved state was made with other data.
+    """
+
+    files: outputs.RunFiles
+    state_path: Path | None
+    recipe: dict[str, Any]
+    data: str
+    data_changed: bool
+    plan: Plan
+    finished: bool
+
+
+def _look(
+    config: Config,
+    architecture: Architecture,
+    items: Sequence[CachedItem],
+    files: outputs.RunFiles,
+    state_path: Path | None,
+    num_processes: int,
+) -> _Start:
+    recipe = _recipe(config, architecture, num_processes)
     data = data_identity(items)
-    start = _steps_done(state_path, _recipe(config, architecture, 1), data, silent)
-    total = _plan(config, items, 1, start).total_steps
-    return (
-        start >= total
-        and training_state.read_progress(state_path).data == data
-        and _is_saved(files.lora, start)
-        and _has_previews(config, files)
-    )
+    saved = _saved_progress(state_path, recipe) if state_path else None
+    steps = saved.step if saved else 0
+    plan = plan_run(config, items, num_processes=num_processes, start=steps)
+    changed = saved is not None and saved.data != data
+    finished = steps >= plan.total_steps and _is_saved(files.lora, steps)
+    return _Start(files, state_path, recipe, data, changed, plan, finished)
+
+
+def _tell(config: Config, start: _Start, report: Reporter) -> None:
+    """Where the run begins."""
+    plan = start.plan
+    if start.data_changed:
+        report(
+            Message(
+                "the training data changed since the state was saved; the run continues with the "
+                "new data and will not equal an uninterrupted one",
+                level="warning",
+            )
+        )
+    if start.finished:
+        report(Message(f"{start.files.lora} is finished: {plan.start} of {plan.total_steps} steps"))
+    elif start.state_path:
+        report(Message(f"continuing after step {plan.start} of {plan.total_steps}"))
+    elif config.output.resume:
+        report(Message(f"there is nothing to continue in {start.files.folder}; starting at step 0"))
 
 
 def _has_previews(config: Config, files: outputs.RunFiles) -> bool:
@@ -124,46 +164,6 @@ def _transformer(take_step: OptimizerStep) -> torch.nn.Module:
     model = getattr(take_step.model, "module", take_step.model)  # without DDP's wrapper
     assert isinstance(model, VelocityModel)
     return model.transformer
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How the run's batches, counted over all processes and epochs, make up its steps.
-
-    ``start`` steps are done already.
-    """
-
-    start: int
-    batches_per_epoch: int
-    batches_per_step: int
-    total_steps: int
-    warmup_steps: int
-
-    def epoch_after(self, step: int) -> int:
-        """The epoch, counted from 1, of the last batch of optimizer step ``step``."""
-        return max(0, step * self.batches_per_step - 1) // self.batches_per_epoch + 1
-
-    def ended_epochs(self, step: int) -> range:
-        """The epochs, counted from 1, whose last batch is in optimizer step ``step``."""
-        last = step * self.batches_per_step
-        before = (last - self.batches_per_step) // self.batches_per_epoch
-        return range(before + 1, last // self.batches_per_epoch + 1)
-
-
-def _plan(config: Config, items: Sequence[CachedItem], num_processes: int, start: int) -> _Plan:
-    training = config.training
-    batches = len(_epoch(config, items, 0))
-    per_step = training.gradient_accumulation_steps * num_processes
-    total = training.max_train_steps
-    if training.max_train_epochs:
-        total = math.ceil(training.max_train_epochs * batches / per_step)
-    return _Plan(start, batches, per_step, total, config.optimizer.warmup_steps(total))
-
-
-def _epoch(config: Config, items: Sequence[CachedItem], epoch: int) -> list[tuple[int, ...]]:
-    return epoch_batches(
-        items, batch_size=config.dataset.batch_size, seed=config.runtime.seed, epoch=epoch
-    )
 
 
 def _accelerator(config: Config) -> Any:
@@ -255,8 +255,8 @@ def _recipe(config: Config, architecture: Architecture, num_processes: int) -> d
     }
 
 
-def _steps_done(state: Path, recipe: dict[str, Any], data: str, report: Reporter) -> int:
-    """The optimizer steps that are done in a saved state, which must be of the same recipe."""
+def _saved_progress(state: Path, recipe: dict[str, Any]) -> training_state.Progress:
+    """What a saved state, which must be of the same recipe, says of itself."""
     saved = training_state.read_progress(state)
     differences = training_state.recipe_differences(saved.recipe, recipe)
     if differences:
@@ -264,15 +264,7 @@ def _steps_done(state: Path, recipe: dict[str, Any], data: str, report: Reporter
             f"{state}: the run was made with other settings: {'; '.join(differences)}; "
             "restore them, or start a new run under another output_name"
         )
-    if saved.data != data:
-        report(
-            Message(
-                "the training data changed since the state was saved; the run continues with the "
-                "new data and will not equal an uninterrupted one",
-                level="warning",
-            )
-        )
-    return saved.step
+    return saved
 
 
 def _is_saved(path: Path, step: int) -> bool:
@@ -280,38 +272,22 @@ def _is_saved(path: Path, step: int) -> bool:
     return path.exists() and open_checkpoint(path).metadata.get("ss_steps") == str(step)
 
 
-def _prepare_folder(files: outputs.RunFiles, state: Path | None, start: int) -> LossHistory:
+def _prepare_folder(start: _Start) -> LossHistory:
     """Remove what does not belong to the run that now begins or continues; gives its history."""
-    continues = state == files.state
+    files = start.files
+    continues = start.state_path == files.state
     with outputs.explained(files.history):
         files.remove_leftovers()
         if not continues:
             files.state.unlink(missing_ok=True)  # of a run that --overwrite replaces
-        return LossHistory(files.history, resume_step=start if continues else 0)
-
-
-def _batches(
-    config: Config, items: Sequence[CachedItem], plan: _Plan, accelerator: Any
-) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(index, items) of every batch of this process that is still to come."""
-    indices = range(
-        plan.start * plan.batches_per_step + accelerator.process_index,
-        plan.total_steps * plan.batches_per_step,
-        accelerator.num_processes,
-    )
-    epoch, batches = -1, []
-    for index in indices:
-        wanted, position = divmod(index, plan.batches_per_epoch)
-        if wanted != epoch:
-            epoch, batches = wanted, _epoch(config, items, wanted)
-        yield index, batches[position]
+        return LossHistory(files.history, resume_step=start.plan.start if continues else 0)
 
 
 def _loop(
     config: Config,
     accelerator: Any,
     items: Sequence[CachedItem],
-    plan: _Plan,
+    plan: Plan,
     take_step: OptimizerStep,
     saver: RunSaver,
     stop: StopSignals,
@@ -320,7 +296,13 @@ def _loop(
     is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     device = take_step.parameters[0].device
     per_process = plan.batches_per_step // num_processes
-    order = _batches(config, items, plan, accelerator)
+    order = batches_to_come(
+        config,
+        items,
+        plan,
+        process_index=accelerator.process_index,
+        num_processes=num_processes,
+    )
     step, memory_error = plan.start, None
     if num_processes > 1:
         stop.hold()  # they stop together, see _over_processes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import accelerate  # noqa: E402, F401
 import torch  # noqa: E402
 from diffusers import AutoencoderTiny, FluxTransformer2DModel  # noqa: E402, F401
+from tqdm import tqdm  # noqa: E402
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel  # noqa: E402, F401
 
 from engine.__main__ import main  # noqa: E402
@@ -51,6 +53,8 @@ def run(request: dict[str, Any]) -> NoReturn:
         os.dup2(output, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["environment"])
+    # All forks would share one, which a killed fork may hold for ever.
+    tqdm.set_lock(threading.RLock())
     code = 1
     try:
         code = main(request["start"])

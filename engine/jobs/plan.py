@@ -1,0 +1,75 @@
+"""Which batches make up a training run: a function of settings, data and number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..config import Config
+from ..dataset import CachedItem, Planned, epoch_batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the run's batches, counted over all processes and epochs, make up its steps.
+
+    ``start`` steps are done already.
+    """
+
+    start: int
+    batches_per_epoch: int
+    batches_per_step: int
+    total_steps: int
+    warmup_steps: int
+
+    def epoch_after(self, step: int) -> int:
+        """The epoch, counted from 1, of the last batch of optimizer step ``step``."""
+        return max(0, step * self.batches_per_step - 1) // self.batches_per_epoch + 1
+
+    def ended_epochs(self, step: int) -> range:
+        """The epochs, counted from 1, whose last batch is in optimizer step ``step``."""
+        last = step * self.batches_per_step
+        before = (last - self.batches_per_step) // self.batches_per_epoch
+        return range(before + 1, last // self.batches_per_epoch + 1)
+
+
+def plan_run(
+    config: Config, items: Sequence[CachedItem], *, num_processes: int, start: int
+) -> Plan:
+    """The plan of a run of which ``start`` optimizer steps are done."""
+    training = config.training
+    batches = len(_epoch(config, items, 0))
+    per_step = training.gradient_accumulation_steps * num_processes
+    total = training.max_train_steps
+    if training.max_train_epochs:
+        total = math.ceil(training.max_train_epochs * batches / per_step)
+    return Plan(start, batches, per_step, total, config.optimizer.warmup_steps(total))
+
+
+def _epoch(config: Config, items: Sequence[CachedItem], epoch: int) -> list[tuple[int, ...]]:
+    return epoch_batches(
+        items, batch_size=config.dataset.batch_size, seed=config.runtime.seed, epoch=epoch
+    )
+
+
+def batches_to_come(
+    config: Config,
+    items: Sequence[CachedItem],
+    plan: Plan,
+    *,
+    process_index: int,
+    num_processes: int,
+) -> Iterator[Planned]:
+    """The index of every batch that one of the processes still has to train, and its items."""
+    indices = range(
+        plan.start * plan.batches_per_step + process_index,
+        plan.total_steps * plan.batches_per_step,
+        num_processes,
+    )
+    epoch, batches = -1, []
+    for index in indices:
+        wanted, position = divmod(index, plan.batches_per_epoch)
+        if wanted != epoch:
+            epoch, batches = wanted, _epoch(config, items, wanted)
+        yield index, batches[position]

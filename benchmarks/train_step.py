@@ -90,11 +90,9 @@ def our_steps(case: Case, device: torch.device, folder: Path) -> Iterator[None]:
         parameters=case.parameters,
         optimizer=case.optimizer,
         scaler=GradScaler(device.type, enabled=False),
-        sample_times=lambda draws_B, height, width: timesteps.flux_shift(
-            draws_B,
-            scale=1.0,
-            fixed_shift=1.0,
-            resolution_shift=ARCHITECTURE.timestep_shift(height, width),
+        draw_times=lambda index, count: torch.rand(count),
+        sample_times=lambda draws_B, height, width: timesteps.sample_times(
+            "flux_shift", draws_B, timesteps.TimestepSettings(), latent_size=(height, width)
         ),
         guidance=1.0,
         max_grad_norm=1.0,

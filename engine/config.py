@@ -26,6 +26,7 @@ from .config_types import (
     Sdpa,
     ShareOrSteps,
     Size,
+    TimestepEnd,
     parse_optimizer_arguments,
 )
 from .errors import ConfigError
@@ -173,7 +174,18 @@ class OptimizerConfig(_Group):
 class TimestepConfig(_Group):
     """Timesteps"""
 
-    timestep_sampling: Literal["auto", "uniform", "sigmoid", "shift", "flux_shift"] = Field(
+    timestep_sampling: Literal[
+        "auto",
+        "uniform",
+        "sigmoid",
+        "shift",
+        "flux_shift",
+        "qwen_shift",
+        "logsnr",
+        "sigma",
+        "qinglong_flux",
+        "qinglong_qwen",
+    ] = Field(
         default="auto", description="How training times are drawn; auto is the family's own choice."
     )
     discrete_flow_shift: float = Field(
@@ -183,7 +195,41 @@ class TimestepConfig(_Group):
         default=1.0,
         gt=0,
         le=1000,
-        description="Spread of all choices but uniform; 1 is the published one.",
+        description="Spread of sigmoid and the choices with a shift; 1 is the published one.",
+    )
+    logit_mean: float = Field(
+        default=0.0,
+        ge=-100,
+        le=100,
+        description="Mean of logsnr, of its part in qinglong, and of weighting logit_normal.",
+    )
+    logit_std: float = Field(
+        default=1.0, gt=0, le=100, description="Standard deviation that goes with logit_mean."
+    )
+    weighting_scheme: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = Field(
+        default="none",
+        description="logit_normal and mode: how timestep_sampling sigma draws; cosmap and "
+        "sigma_sqrt: weight of the loss at each time.",
+    )
+    mode_scale: float = Field(
+        default=1.29, ge=-1, le=1.75, description="Strength of weighting_scheme mode."
+    )
+    min_timestep: int = Field(
+        default=0, ge=0, le=999, description="Lowest noise level to train, in thousandths."
+    )
+    max_timestep: TimestepEnd = Field(
+        default=1000, ge=1, le=1000, description="Highest noise level to train, in thousandths."
+    )
+    preserve_distribution_shape: bool = Field(
+        default=False,
+        description="Cut the range out of the distribution instead of squeezing all of it in.",
+    )
+    num_timestep_buckets: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Draw equally often from this many equal parts of the distribution in each "
+        "epoch.",
     )
     guidance_scale: float = Field(
         default=1.0,

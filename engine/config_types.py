@@ -132,6 +132,13 @@ def _check_multipliers(values: list[float], info: ValidationInfo) -> list[float]
     return values
 
 
+def _check_timestep_end(value: int, info: ValidationInfo) -> int:
+    start = info.data.get("min_timestep", 0)
+    if value <= start:
+        raise ValueError(f"a whole number above min_timestep, which is {start}")
+    return value
+
+
 PathSetting = Annotated[Path, BeforeValidator(_path), AfterValidator(_check_path)]
 Side = Annotated[int, Field(ge=16, le=8192)]
 Size = Annotated[tuple[Side, Side], BeforeValidator(_size)]
@@ -145,6 +152,7 @@ OptimizerArguments = Annotated[list[str], AfterValidator(_check_optimizer_argume
 ShareOrSteps = Annotated[
     int | float, BeforeValidator(_share_or_steps), AfterValidator(_check_share_or_steps)
 ]
+TimestepEnd = Annotated[int, AfterValidator(_check_timestep_end)]
 Sdpa = Annotated[bool, AfterValidator(_check_sdpa)]
 Prompts = Annotated[list[str], BeforeValidator(_one_or_many)]
 Multipliers = Annotated[list[float], AfterValidator(_check_multipliers)]

@@ -7,6 +7,7 @@ Esser et al. 2024, arXiv:2403.03206).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,25 @@ def noisy_latents(latents: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     """``noise - latents``: the direction of increasing ``t``, the same at every ``t``."""
     return noise - latents
+
+
+def cosmap_weight(t_B: Tensor) -> Tensor:
+    """``2 / (pi (1 - 2t + 2t^2))``: middle times count most.
+
+    Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
+    return 2 / (math.pi * (1 - 2 * t_B + 2 * t_B**2))
+
+
+def inverse_square_weight(t_B: Tensor) -> Tensor:
+    """``1 / t^2``, called sigma_sqrt by diffusers' training scripts; from 0.001 down constant."""
+    return t_B.clamp(min=1e-3) ** -2
+
+
+LOSS_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cosmap": cosmap_weight,
+    "sigma_sqrt": inverse_square_weight,
+}
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from .loss_history import Step
 
 _SMOOTHING = 0.9
-_LIGHT, _DARK, _RATE = "#9db4d3", "#1f4e8c", "#b05a2c"
+_LIGHT, _DARK, _RATE, _WEIGHT = "#9db4d3", "#1f4e8c", "#b05a2c", "#3f7d4e"
 
 
 def smoothed(values: Sequence[float], *, decay: float = _SMOOTHING) -> list[float]:
@@ -66,18 +68,40 @@ def schedule_curve(multipliers: Sequence[float], *, title: str) -> Image.Image:
     return _drawn(figure)
 
 
-def time_histogram(times: Sequence[float], *, title: str) -> Image.Image:
-    """How often each flow time is trained."""
+def time_histogram(
+    times: Sequence[float],
+    *,
+    title: str,
+    low: float = 0.0,
+    high: float = 1.0,
+    weight: Callable[[Tensor], Tensor] | None = None,
+) -> Image.Image:
+    """How often each flow time is trained, and how much it counts.
+
+    Args:
+        low, high: the range that was asked for; the rest is shaded.
+        weight: of the loss at a time [N]; None for none.
+    """
     figure = _figure()
     axes = figure.subplots()
     axes.hist(times, bins=100, range=(0, 1), density=True, color=_DARK, alpha=0.8)
     median = float(np.median(times))
     axes.axvline(median, color=_RATE, linewidth=2, label=f"half of all lie below {median:.2f}")
+    for start, end in ((0.0, low), (high, 1.0)):
+        if start < end:
+            axes.axvspan(start, end, color="#888888", alpha=0.2, linewidth=0)
+    if weight:
+        grid = torch.linspace(max(low, 0.01), high, 400)
+        other = axes.twinx()
+        other.plot(grid, weight(grid), color=_WEIGHT, linewidth=2, label="weight of the loss")
+        other.set_ylabel("weight of the loss")
+        other.set_yscale("log")
+        other.legend(frameon=False, loc="upper center")
     axes.set_title(title)
     axes.set_xlabel("flow time: 0 is the picture, 1 is pure noise")
     axes.set_ylabel("density")
     axes.set_xlim(0, 1)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     return _drawn(figure)
 
 

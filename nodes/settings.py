@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
-from ..engine import plots, schedules, timesteps
+from ..engine import flow, plots, schedules, timesteps
 from ..engine.architectures import ARCHITECTURES
-from ..engine.config_file import Given, build_config
+from ..engine.config import TimestepConfig
+from ..engine.errors import ConfigError
+from ..engine.jobs.train import timestep_settings
 from .images import to_comfy
 from .sockets import (
     CATEGORY,
@@ -20,7 +23,7 @@ from .sockets import (
     TimestepsType,
     TrainingModelType,
 )
-from .widgets import settings, widget
+from .widgets import combine, settings, widget
 
 _DRAWS = 100_000
 _MENU = f"{CATEGORY}/settings"
@@ -105,7 +108,7 @@ class LrScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, max_train_steps: int, **widgets: Any) -> io.NodeOutput:
         values = settings("LR Scheduler", widgets)
-        config = build_config({name: Given("LR Scheduler", v) for name, v in values.items()})
+        config = combine(values, where="LR Scheduler")
         warmup = config.optimizer.warmup_steps(max_train_steps)
         curve = [
             schedules.constant_with_warmup(step, warmup_steps=warmup)
@@ -129,7 +132,15 @@ class TimestepSampling(io.ComfyNode):
                 widget("timestep_sampling"),
                 widget("discrete_flow_shift", min=0.01),
                 widget("sigmoid_scale", min=0.01),
-                widget("guidance_scale"),
+                widget("logit_mean"),
+                widget("logit_std", min=0.01),
+                widget("min_timestep"),
+                widget("max_timestep"),
+                widget("preserve_distribution_shape", advanced=True),
+                widget("num_timestep_buckets", advanced=True),
+                widget("weighting_scheme", advanced=True),
+                widget("mode_scale", advanced=True),
+                widget("guidance_scale", advanced=True),
                 io.Int.Input(
                     "shown_resolution",
                     default=1024,
@@ -154,20 +165,37 @@ class TimestepSampling(io.ComfyNode):
         cls, shown_resolution: int, model: dict[str, Any] | None = None, **widgets: Any
     ) -> io.NodeOutput:
         values = settings("Timestep Sampling", widgets)
+        config = combine(values, where="Timestep Sampling").timesteps
         family = (model or {}).get("architecture", "auto")
         architecture = ARCHITECTURES.get(family) or next(iter(ARCHITECTURES.values()))
-        name = values["timestep_sampling"]
+        name = config.timestep_sampling
         name = architecture.default_timestep_sampling if name == "auto" else name
-        side = shown_resolution // architecture.pixels_per_latent
-        times = timesteps.SAMPLERS[name](
-            (torch.arange(_DRAWS) + 0.5) / _DRAWS,
-            scale=values["sigmoid_scale"],
-            fixed_shift=values["discrete_flow_shift"],
-            resolution_shift=architecture.timestep_shift(side, side),
-        )
-        title = f"{name}, pictures of {shown_resolution}x{shown_resolution}"
-        image = plots.time_histogram(times.tolist(), title=title)
+        image = times_of(config, name, architecture.pixels_per_latent, shown_resolution)
         return io.NodeOutput(values, to_comfy([image]))
+
+
+def times_of(
+    config: TimestepConfig, name: str, pixels_per_latent: int, resolution: int
+) -> Image.Image:
+    """The histogram of the times that are trained on square pictures.
+
+    Raises:
+        ConfigError: there are none in the range.
+    """
+    side = resolution // pixels_per_latent
+    draws = (torch.arange(_DRAWS) + 0.5) / _DRAWS
+    chosen = timestep_settings(config)
+    try:
+        times = timesteps.sample_times(name, draws, chosen, latent_size=(side, side))
+    except ValueError as error:
+        raise ConfigError(f"Timestep Sampling: {error}; widen the range") from None
+    return plots.time_histogram(
+        times.tolist(),
+        title=f"{name}, pictures of {resolution}x{resolution}",
+        low=chosen.low,
+        high=chosen.high,
+        weight=flow.LOSS_WEIGHTS.get(config.weighting_scheme),
+    )
 
 
 class TrainingOptions(io.ComfyNode):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import flow, seeds, timesteps
+from .. import flow, seeds
 from ..architectures.flux_kontext import FluxKontext
 from . import text
 from .pictures import Picture, edit
@@ -19,6 +19,7 @@ from .train_autoencoder import images_of, one_cycle
 
 logger = logging.getLogger(__name__)
 
+_EDGE = 1e-7  # draws are kept this far from 0 and 1, where the quantile is infinite
 ARCHITECTURE = FluxKontext()
 _LEARNING_RATE = 2e-3
 _EDIT_SHARE = 0.2  # of all steps; these have a control image
@@ -112,12 +113,11 @@ def _loss(
     generator: torch.Generator,
 ) -> Tensor:
     """Flow-matching loss at times drawn as for fine-tuning this family."""
-    t_B = timesteps.flux_shift(
-        torch.rand(latents.shape[0], generator=generator),
-        scale=1.0,
-        fixed_shift=1.0,
-        resolution_shift=ARCHITECTURE.timestep_shift(*latents.shape[-2:]),
-    )
+    draws_B = torch.rand(latents.shape[0], generator=generator)
+    # As flux_shift, but in float32: the stored model comes out again bit for bit.
+    normal_B = torch.special.ndtri(draws_B.clamp(_EDGE, 1 - _EDGE))
+    shift = ARCHITECTURE.timestep_shift(*latents.shape[-2:])
+    t_B = flow.shift_time(torch.sigmoid(normal_B), shift)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = flow.noisy_latents(latents, noise, t_B)
     velocity = ARCHITECTURE.predict_velocity(transformer, noisy, t_B, conditions)

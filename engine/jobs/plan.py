@@ -6,8 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from .. import seeds
 from ..config import Config
 from ..dataset import CachedItem, Planned, epoch_batches
+from ..timesteps import stratified_draws
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,36 @@ def plan_run(
     if training.max_train_epochs:
         total = math.ceil(training.max_train_epochs * batches / per_step)
     return Plan(start, batches, per_step, total, config.optimizer.warmup_steps(total))
+
+
+class TimeDraws:
+    """Uniform draws for the training times of a batch, functions of seed and batch alone.
+
+    With ``num_timestep_buckets`` those of an epoch are stratified together.
+    """
+
+    def __init__(self, config: Config, items: Sequence[CachedItem], plan: Plan) -> None:
+        self._config, self._items, self._plan = config, items, plan
+        self._num_strata = config.timesteps.num_timestep_buckets or 1
+        self._seed = config.runtime.seed
+        self._epoch = -1
+        self._of_batch: Sequence[Tensor] = ()
+
+    def __call__(self, index: int, count: int) -> Tensor:
+        """The draws [count] of batch number ``index`` of the run, which has that many samples."""
+        if self._num_strata < 2:
+            return torch.rand(count, generator=seeds.generator(self._seed, "time", index))
+        epoch, position = divmod(index, self._plan.batches_per_epoch)
+        if epoch != self._epoch:
+            sizes = [len(batch) for batch in _epoch(self._config, self._items, epoch)]
+            draws = stratified_draws(
+                sum(sizes),
+                num_strata=self._num_strata,
+                generator=seeds.generator(self._seed, "time strata", epoch),
+            )
+            self._epoch, self._of_batch = epoch, draws.split(sizes)
+        assert len(self._of_batch[position]) == count
+        return self._of_batch[position]
 
 
 def _epoch(config: Config, items: Sequence[CachedItem], epoch: int) -> list[tuple[int, ...]]:

@@ -17,6 +17,10 @@ from ..architectures.base import Architecture
 
 # (uniform draws [B], latent height, latent width) -> flow times [B]
 SampleTimes = Callable[[Tensor, int, int], Tensor]
+# (index of the batch in the run, its size B) -> uniform draws [B]
+DrawTimes = Callable[[int, int], Tensor]
+# flow times [B] -> weights [B]
+LossWeight = Callable[[Tensor], Tensor]
 Batch = Mapping[str, Tensor]
 
 
@@ -46,8 +50,10 @@ class OptimizerStep:
 
     Args:
         model: gives velocities; its trainable parameters are ``parameters``.
+        draw_times: the draws that ``sample_times`` gets.
         guidance: value of the guidance embedding during training.
-        seed: the run's seed; draws depend on it and on each batch's index only.
+        seed: the run's seed; the noise depends on it and on each batch's index only.
+        loss_weight: weighs each sample's loss; None weighs all alike.
         no_sync: gives the context for all batches but the last (DDP).
     """
 
@@ -55,10 +61,12 @@ class OptimizerStep:
     parameters: Sequence[nn.Parameter]
     optimizer: Optimizer
     scaler: GradScaler
+    draw_times: DrawTimes
     sample_times: SampleTimes
     guidance: float
     max_grad_norm: float
     seed: int
+    loss_weight: LossWeight | None = None
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, batches: Sequence[tuple[int, Batch]]) -> StepResult:
@@ -95,15 +103,29 @@ class OptimizerStep:
 
     def _loss(self, index: int, batch: Batch) -> tuple[Tensor, Tensor]:
         latents = batch["latents"]
-        draws_B = torch.rand(latents.shape[0], generator=seeds.generator(self.seed, "time", index))
+        draws_B = self.draw_times(index, latents.shape[0])
         t_B = self.sample_times(draws_B, *latents.shape[-2:])
         t_B = t_B.to(latents.device, non_blocking=True)  # else the CPU waits for the GPU here
         generator = seeds.generator(self.seed, "noise", index, latents.device)
-        return flow_loss(self.model, batch, t_B, guidance=self.guidance, generator=generator), t_B
+        loss = flow_loss(
+            self.model,
+            batch,
+            t_B,
+            guidance=self.guidance,
+            generator=generator,
+            weight=self.loss_weight,
+        )
+        return loss, t_B
 
 
 def flow_loss(
-    model: nn.Module, batch: Batch, t_B: Tensor, *, guidance: float, generator: torch.Generator
+    model: nn.Module,
+    batch: Batch,
+    t_B: Tensor,
+    *,
+    guidance: float,
+    generator: torch.Generator,
+    weight: LossWeight | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted velocity at the given times, in float32.
 
@@ -113,13 +135,18 @@ def flow_loss(
         t_B: flow times in [0, 1].
         guidance: value of the guidance embedding.
         generator: draws the noise; on the device of the latents.
+        weight: gives each sample's weight from its time; None weighs all alike.
     """
     latents = batch["latents"].float()
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     conditions = {name: tensor for name, tensor in batch.items() if name != "latents"}
     conditions["guidance"] = torch.full_like(t_B, guidance)
     velocity = model(flow.noisy_latents(latents, noise, t_B), t_B, conditions)
-    return F.mse_loss(velocity.float(), flow.velocity_target(latents, noise))
+    target = flow.velocity_target(latents, noise)
+    if weight is None:
+        return F.mse_loss(velocity.float(), target)
+    errors = F.mse_loss(velocity.float(), target, reduction="none")
+    return (errors.flatten(1).mean(1) * weight(t_B)).mean()
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from .. import hardware, lora, optimizers, schedules, seeds, timesteps, training_state
+from .. import flow, hardware, lora, optimizers, schedules, seeds, timesteps, training_state
 from ..architectures import find_architecture
 from ..architectures.base import Architecture
-from ..config import Config
+from ..config import Config, TimestepConfig
 from ..dataset import BatchReader, CachedItem, data_identity
 from ..errors import ConfigError, EngineError
 from ..events import Finished, Message, Reporter, silent
@@ -27,7 +27,7 @@ from ..loss_history import LossHistory
 from ..signals import Stopped, StopSignals
 from ..weights import open_checkpoint
 from . import cache, outputs, previews
-from .plan import Plan, batches_to_come, plan_run
+from .plan import Plan, TimeDraws, batches_to_come, plan_run
 from .saving import RunSaver
 from .step import OptimizerStep, SampleTimes, StepResult, VelocityModel
 from .step_log import StepLog
@@ -51,12 +51,13 @@ def run(config: Config, report: Reporter) -> None:
         report = report if accelerator.is_main_process else silent
         architecture = find_architecture(config.model.architecture, config.model.dit)
         items = cache.cached_items(config, architecture, report)
+        _check_times(config, architecture, items)
         start = _look(config, architecture, items, files, state_path, accelerator.num_processes)
         _tell(config, start, report)
         if start.finished and _has_previews(config, files):
             report(Finished("train"))
             return
-        take_step, network, shapes = _build(config, architecture, accelerator)
+        take_step, network, shapes = _build(config, architecture, accelerator, items, start.plan)
         if state_path:
             training_state.load_state(state_path, network, take_step.optimizer, take_step.scaler)
         if not start.finished:
@@ -181,7 +182,11 @@ def _device(config: Config, accelerator: Any) -> torch.device:
 
 
 def _build(
-    config: Config, architecture: Architecture, accelerator: Any
+    config: Config,
+    architecture: Architecture,
+    accelerator: Any,
+    items: Sequence[CachedItem],
+    plan: Plan,
 ) -> tuple[OptimizerStep, lora.LoRANetwork, dict[str, tuple[int, int]]]:
     assert config.model.dit is not None
     device = _device(config, accelerator)
@@ -214,7 +219,9 @@ def _build(
         parameters=parameters,
         optimizer=optimizer,
         scaler=GradScaler(device.type, enabled=precision == "fp16"),
+        draw_times=TimeDraws(config, items, plan),
         sample_times=_sample_times(config, architecture),
+        loss_weight=flow.LOSS_WEIGHTS.get(config.timesteps.weighting_scheme),
         guidance=config.timesteps.guidance_scale,
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=config.runtime.seed,
@@ -224,19 +231,43 @@ def _build(
 
 
 def _sample_times(config: Config, architecture: Architecture) -> SampleTimes:
-    settings = config.timesteps
-    name = settings.timestep_sampling
+    name = config.timesteps.timestep_sampling
     name = architecture.default_timestep_sampling if name == "auto" else name
+    settings = timestep_settings(config.timesteps)
 
     def sample(draws_B: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return timesteps.SAMPLERS[name](
-            draws_B,
-            scale=settings.sigmoid_scale,
-            fixed_shift=settings.discrete_flow_shift,
-            resolution_shift=architecture.timestep_shift(height, width),
-        )
+        return timesteps.sample_times(name, draws_B, settings, latent_size=(height, width))
 
     return sample
+
+
+def timestep_settings(config: TimestepConfig) -> timesteps.TimestepSettings:
+    """The settings as the distributions take them."""
+    return timesteps.TimestepSettings(
+        scale=config.sigmoid_scale,
+        shift=config.discrete_flow_shift,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        mode_scale=config.mode_scale,
+        weighting=config.weighting_scheme,
+        low=config.min_timestep / 1000,
+        high=config.max_timestep / 1000,
+        keep_shape=config.preserve_distribution_shape,
+    )
+
+
+def _check_times(config: Config, architecture: Architecture, items: Sequence[CachedItem]) -> None:
+    """Before anything is loaded: is there a time to train at?"""
+    sample = _sample_times(config, architecture)
+    sizes = {shape[-2:] for item in items for name, shape in item.shapes if name == "latents"}
+    try:
+        for height, width in sizes:
+            sample(torch.tensor([0.5]), height, width)
+    except ValueError as error:
+        raise ConfigError(
+            f"min_timestep, max_timestep: {error}; widen the range, or turn "
+            "preserve_distribution_shape off"
+        ) from None
 
 
 def _recipe(config: Config, architecture: Architecture, num_processes: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pack.engine.config import (
     OptimizerConfig,
     OutputConfig,
     RuntimeConfig,
+    TimestepConfig,
 )
 from pack.engine.config_types import parse_optimizer_arguments
 from pack.engine.errors import ConfigError
@@ -191,3 +192,9 @@ def test_names_of_musubi_tuner_mean_the_same() -> None:
     assert OptimizerConfig(optimizer_type="adamw").optimizer_type == "AdamW"
     assert ModelConfig(vae_dtype="bfloat16").vae_dtype == "bf16"
     assert OutputConfig(save_precision="float").save_precision == "fp32"
+
+
+def test_a_range_of_timesteps_has_its_ends_in_order() -> None:
+    with pytest.raises(ValidationError, match="a whole number above min_timestep, which is 500"):
+        TimestepConfig(min_timestep=500, max_timestep=500)
+    assert TimestepConfig(min_timestep=500, max_timestep=501).max_timestep == 501

@@ -219,7 +219,8 @@ def test_the_precision_of_accelerate_counts_where_none_is_given(run_toml: Path) 
         ),
         (
             "timestep_sampling = 7",
-            "timestep_sampling = 7: expected one of auto, flux_shift, shift, sigmoid, uniform",
+            "timestep_sampling = 7: expected one of auto, flux_shift, logsnr, qinglong_flux, "
+            "qinglong_qwen, qwen_shift, shift, sigma, sigmoid, uniform",
         ),
         ("optimizer_type = 'Adafactor'", 'optimizer_type = "Adafactor": expected AdamW'),
         ("sdpa = false", "sdpa = false: expected true; PyTorch's own attention is the only one"),
@@ -287,7 +288,6 @@ def test_a_file_of_musubi_tuner_runs_but_for_what_there_is_not_yet(run_toml: Pat
     """
     assert [problem.partition(" = ")[0] for problem in problems(run_toml, text)] == [
         "run.toml: dataset_config",
-        "run.toml: weighting_scheme",
         "run.toml: optimizer_type",
     ]
 
@@ -353,6 +353,8 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_warmup_steps": st.one_of(
         st.integers(min_value=0), st.floats(0, 1, exclude_max=True), st.just("12.5%")
     ),
+    "min_timestep": st.integers(0, 500),
+    "max_timestep": st.integers(501, 1000),
     "optimizer_args": st.lists(st.sampled_from(["weight_decay=0.1", "betas = (0.9, 0.99)"])),
     "output_name": st.sampled_from(["a", "naïve #1", "'a' = [b], {c}", "猫.v1"]),
     "sdpa": st.just(True),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pack.engine.flow import (
+    LOSS_WEIGHTS,
     linear_shift,
     noisy_latents,
     sampling_times,
@@ -50,3 +51,11 @@ def test_the_shift_of_a_resolution_is_the_published_line(
 def test_sampling_times_fall_from_one_to_zero() -> None:
     times = sampling_times(4, 3.0)
     assert times == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+def test_the_weights_of_the_loss_are_the_published_ones() -> None:
+    t_B = torch.tensor([1e-4, 0.25, 0.5, 1.0])
+    cosmap = [2 / (math.pi * (1 - 2 * t + 2 * t * t)) for t in t_B.tolist()]
+    torch.testing.assert_close(LOSS_WEIGHTS["cosmap"](t_B), torch.tensor(cosmap))
+    squares = torch.tensor([1e6, 16.0, 4.0, 1.0])  # the smallest step of 1000 bounds it
+    torch.testing.assert_close(LOSS_WEIGHTS["sigma_sqrt"](t_B), squares)

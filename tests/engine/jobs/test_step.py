@@ -39,6 +39,10 @@ def make_batch(index: int, size: int = 2) -> tuple[int, Batch]:
     }
 
 
+def draw_times(index: int, count: int) -> Tensor:
+    return torch.rand(count, generator=seeds.generator(SEED, "time", index))
+
+
 def sample_times(draws_B: Tensor, height: int, width: int) -> Tensor:
     assert (height, width) == (6, 8)
     return flow.shift_time(draws_B, 3.0)
@@ -52,6 +56,7 @@ def make_step(**changes: Any) -> OptimizerStep:
         "parameters": parameters,
         "optimizer": torch.optim.SGD(parameters, lr=1.0),
         "scaler": GradScaler("cpu", enabled=False),
+        "draw_times": draw_times,
         "sample_times": sample_times,
         "guidance": 1.5,
         "max_grad_norm": 0.0,
@@ -285,3 +290,32 @@ def test_a_step_never_waits_for_the_gpu() -> None:
         step([(1, on_gpu), (2, on_gpu)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_each_sample_is_weighed_by_its_own_time() -> None:
+    """The mean over samples of weight times mean squared error, also for images (T = 1)."""
+    model = Velocity()
+    _, inputs = make_batch(0, 3)
+    t_B = torch.tensor([0.2, 0.5, 0.9])
+
+    def loss(weight: Any, chosen: slice = slice(None)) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        noise = torch.randn(inputs["latents"].shape, generator=generator)[chosen]
+        t = t_B[chosen]
+        latents = inputs["latents"][chosen]
+        given = {"text_embeds": inputs["text_embeds"][chosen], "guidance": torch.full_like(t, 1.5)}
+        with torch.no_grad():
+            velocity = model(flow.noisy_latents(latents, noise, t), t, given)
+        return ((velocity - (noise - latents)) ** 2).mean()
+
+    each = [loss(None, slice(index, index + 1)) for index in range(3)]
+    expected = sum(error / t**2 for error, t in zip(each, t_B, strict=True)) / 3
+    weighed = flow_loss(
+        model,
+        inputs,
+        t_B,
+        guidance=1.5,
+        generator=torch.Generator().manual_seed(3),
+        weight=lambda t: t**-2,
+    )
+    torch.testing.assert_close(weighed.detach(), expected)

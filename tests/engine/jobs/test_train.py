@@ -468,3 +468,37 @@ def test_a_run_is_not_finished_when_a_caption_changed(
     assert train.is_finished(tiny.config(settings))
     (images / "0.txt").write_text("something else")
     assert not train.is_finished(tiny.config(settings))
+
+
+CONTROLLED = {
+    "timestep_sampling": "qinglong_flux",
+    "logit_mean": -6.0,
+    "logit_std": 2.0,
+    "min_timestep": 200,
+    "max_timestep": 900,
+    "preserve_distribution_shape": True,
+    "num_timestep_buckets": 4,
+    "weighting_scheme": "cosmap",
+}
+
+
+def test_stratified_and_weighed_runs_continue_to_the_same_bits(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = training | CONTROLLED | {"max_train_steps": 7}
+    run(settings, output_dir=tmp_path / "whole")
+    run_and_stop(3, settings, output_dir=tmp_path / "stopped")
+    run(settings, output_dir=tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert all(0.2 <= step.t <= 0.9 for step in history(tmp_path / "whole"))
+
+
+def test_a_range_without_times_is_told_before_anything_is_loaded(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    narrow = {"timestep_sampling": "sigmoid", "sigmoid_scale": 0.01, "min_timestep": 900}
+    with pytest.raises(
+        ConfigError, match="sigmoid has no times between 0.9 and 1; widen the range"
+    ):
+        run(training | narrow, preserve_distribution_shape=True, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())

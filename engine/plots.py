@@ -92,10 +92,14 @@ def time_histogram(
             axes.axvspan(start, end, color="#888888", alpha=0.2, linewidth=0)
     if weight:
         grid = torch.linspace(max(low, 0.01), high, 400)
+        weights = weight(grid)
         other = axes.twinx()
-        other.plot(grid, weight(grid), color=_WEIGHT, linewidth=2, label="weight of the loss")
+        other.plot(grid, weights, color=_WEIGHT, linewidth=2, label="weight of the loss")
         other.set_ylabel("weight of the loss")
-        other.set_yscale("log")
+        if weights.max() > 20 * weights.min():
+            other.set_yscale("log")
+        else:
+            other.set_ylim(0, 1.25 * weights.max().item())
         other.legend(frameon=False, loc="upper center")
     axes.set_title(title)
     axes.set_xlabel("flow time: 0 is the picture, 1 is pure noise")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pack.engine.flow import LOSS_WEIGHTS
 from pack.engine.loss_history import Step
 from pack.engine.plots import loss_curve, schedule_curve, smoothed, time_histogram
 from PIL import Image
@@ -54,3 +55,10 @@ def test_a_histogram_of_late_times_is_drawn_on_the_right() -> None:
     bars = np.asarray(image).astype(int)
     blue = (bars[..., 2] - bars[..., 0] > 60).nonzero()[1]
     assert blue.min() > image.width * 0.8
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+def test_the_weight_of_the_loss_is_drawn_and_the_rest_of_the_range_shaded(name: str) -> None:
+    image = time_histogram([0.3, 0.5], title="part", low=0.2, high=0.6, weight=LOSS_WEIGHTS[name])
+    assert pixels_of(image, (0x3F, 0x7D, 0x4E)) > 200
+    assert pixels_of(image, (231, 231, 231)) > 20_000

@@ -85,6 +85,7 @@ class Case:
 
 def our_steps(case: Case, device: torch.device, folder: Path) -> Iterator[None]:
     """The training loop's own step on the same case; each ``next`` is one step."""
+    schedule = schedules.ScheduleSettings(total_steps=10**6, warmup_steps=100)
     take_step = OptimizerStep(
         model=case.model,
         parameters=case.parameters,
@@ -104,7 +105,7 @@ def our_steps(case: Case, device: torch.device, folder: Path) -> Iterator[None]:
     ):
         log = StepLog(history, events.silent, total_steps=10**6)
         for step, (index, batch) in enumerate(reader):
-            rate = 1e-4 * schedules.constant_with_warmup(step, warmup_steps=100)
+            rate = 1e-4 * schedules.multiplier("constant", step, schedule)
             optimizers.set_learning_rate(case.optimizer, rate)
             on_device = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             result = take_step([(index, on_device)])

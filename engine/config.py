@@ -144,14 +144,58 @@ class OptimizerConfig(_Group):
     optimizer_args: OptimizerArguments = Field(
         default=[], description='More arguments as "key=value": weight_decay, betas, eps.'
     )
-    lr_scheduler: Literal["constant", "constant_with_warmup"] = Field(
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "rex",
+    ] = Field(
         default="constant",
-        description="Learning-rate schedule; both are constant after the warm-up.",
+        description="Learning-rate schedule after the warm-up; the first two are the same.",
     )
     lr_warmup_steps: ShareOrSteps = Field(
         default=0,
         ge=0,
         description='Warm-up in optimizer steps, or as a share of all steps (0.1 or "10%").',
+    )
+    lr_scheduler_min_lr_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Lowest part of the learning rate; unset: 0, for rex 0.01.",
+    )
+    lr_scheduler_num_cycles: int = Field(
+        default=1, ge=1, le=1000, description="Restarts of cosine_with_restarts."
+    )
+    lr_scheduler_power: float = Field(
+        default=1.0, gt=0, le=100, description="Exponent of polynomial."
+    )
+    lr_decay_steps: ShareOrSteps | None = Field(
+        default=None,
+        ge=0,
+        description="Last steps of warmup_stable_decay, or their share of all steps; unset: a "
+        "fifth of what follows the warm-up.",
+    )
+    lr_scheduler_timescale: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps of inverse_sqrt after which the rate is divided by 1.41; unset: as the "
+        "warm-up, or 10,000.",
+    )
+    rex_alpha: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="Of rex, with rex_beta: (1-p) / (alpha + beta (1-p)).",
+    )
+    rex_beta: float = Field(
+        default=0.9, ge=0, le=100, description="Of rex; the paper has 0.5 for both."
     )
     max_grad_norm: float = Field(
         default=1.0,
@@ -164,11 +208,6 @@ class OptimizerConfig(_Group):
     def arguments(self) -> dict[str, Any]:
         """``optimizer_args`` as values."""
         return parse_optimizer_arguments(self.optimizer_args)
-
-    def warmup_steps(self, total_steps: int) -> int:
-        """The warm-up in optimizer steps."""
-        value = self.lr_warmup_steps
-        return value if isinstance(value, int) else round(value * total_steps)
 
 
 class TimestepConfig(_Group):

@@ -32,7 +32,17 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "dataset": tuple(GROUPS["dataset"].model_fields),
     "lora": ("network_module", "network_alpha", "save_precision"),
     "optimizer": ("optimizer_type", "optimizer_args", "max_grad_norm"),
-    "lr_scheduler": ("lr_scheduler", "lr_warmup_steps"),
+    "lr_scheduler": (
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "lr_scheduler_min_lr_ratio",
+        "lr_scheduler_num_cycles",
+        "lr_scheduler_power",
+        "lr_decay_steps",
+        "lr_scheduler_timescale",
+        "rex_alpha",
+        "rex_beta",
+    ),
     "timesteps": tuple(GROUPS["timesteps"].model_fields),
     "options": (
         "max_train_epochs",

@@ -12,6 +12,7 @@ from ..engine import flow, plots, schedules, timesteps
 from ..engine.architectures import ARCHITECTURES
 from ..engine.config import TimestepConfig
 from ..engine.errors import ConfigError
+from ..engine.jobs.plan import schedule_settings
 from ..engine.jobs.train import timestep_settings
 from .images import to_comfy
 from .sockets import (
@@ -92,12 +93,19 @@ class LrScheduler(io.ComfyNode):
                     default=0.0,
                     tooltip="Warm-up in optimizer steps, or below 1 as a share of all steps.",
                 ),
+                widget("lr_scheduler_min_lr_ratio"),
+                widget("lr_scheduler_num_cycles"),
+                widget("lr_scheduler_power", min=0.01),
                 widget(
                     "max_train_steps",
                     tooltip="Steps of the curve that is drawn; it does not change the training.",
                     display_name="shown_steps",
                     max=100_000,
                 ),
+                widget("lr_decay_steps", advanced=True),
+                widget("lr_scheduler_timescale", advanced=True),
+                widget("rex_alpha", advanced=True, min=0.01),
+                widget("rex_beta", advanced=True),
             ],
             outputs=[
                 LrSchedulerType.Output(display_name="lr scheduler"),
@@ -109,12 +117,11 @@ class LrScheduler(io.ComfyNode):
     def execute(cls, max_train_steps: int, **widgets: Any) -> io.NodeOutput:
         values = settings("LR Scheduler", widgets)
         config = combine(values, where="LR Scheduler")
-        warmup = config.optimizer.warmup_steps(max_train_steps)
-        curve = [
-            schedules.constant_with_warmup(step, warmup_steps=warmup)
-            for step in range(max_train_steps)
-        ]
-        title = f"{config.optimizer.lr_scheduler}, {warmup} steps of warm-up"
+        name = config.optimizer.lr_scheduler
+        schedule = schedule_settings(config.optimizer, max_train_steps)
+        steps = range(max_train_steps)
+        curve = [schedules.multiplier(name, step, schedule) for step in steps]
+        title = f"{name}, {schedule.warmup_steps} steps of warm-up"
         return io.NodeOutput(values, to_comfy([plots.schedule_curve(curve, title=title)]))
 
 

@@ -14,7 +14,7 @@ from ..engine.config_file import Given, base_types, build_config
 Settings = Mapping[str, Any]
 
 # What one click changes a number by; it also decides how many digits are shown.
-_STEPS = {"learning_rate": 1e-6, "lr_warmup_steps": 0.01}
+_STEPS = {"learning_rate": 1e-6}
 _STEP = 0.01
 _LARGEST = 2**53 - 1  # the largest whole number that a browser keeps exact
 _LIMITS = {"min": ("ge", "gt"), "max": ("le", "lt")}

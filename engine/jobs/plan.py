@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import seeds
-from ..config import Config
+from ..config import Config, OptimizerConfig
 from ..dataset import CachedItem, Planned, epoch_batches
+from ..schedules import ScheduleSettings
 from ..timesteps import stratified_draws
 
 
@@ -26,7 +27,7 @@ class Plan:
     batches_per_epoch: int
     batches_per_step: int
     total_steps: int
-    warmup_steps: int
+    schedule: ScheduleSettings
 
     def epoch_after(self, step: int) -> int:
         """The epoch, counted from 1, of the last batch of optimizer step ``step``."""
@@ -49,7 +50,28 @@ def plan_run(
     total = training.max_train_steps
     if training.max_train_epochs:
         total = math.ceil(training.max_train_epochs * batches / per_step)
-    return Plan(start, batches, per_step, total, config.optimizer.warmup_steps(total))
+    return Plan(start, batches, per_step, total, schedule_settings(config.optimizer, total))
+
+
+def schedule_settings(optimizer: OptimizerConfig, total_steps: int) -> ScheduleSettings:
+    """The settings as the schedules take them; shares become steps."""
+
+    def steps(value: int | float) -> int:
+        return value if isinstance(value, int) else round(value * total_steps)
+
+    ratio, decay = optimizer.lr_scheduler_min_lr_ratio, optimizer.lr_decay_steps
+    default_ratio = 0.01 if optimizer.lr_scheduler == "rex" else 0.0
+    return ScheduleSettings(
+        total_steps=total_steps,
+        warmup_steps=steps(optimizer.lr_warmup_steps),
+        min_ratio=default_ratio if ratio is None else ratio,
+        num_cycles=optimizer.lr_scheduler_num_cycles,
+        power=optimizer.lr_scheduler_power,
+        decay_steps=None if decay is None else steps(decay),
+        timescale=optimizer.lr_scheduler_timescale,
+        rex_alpha=optimizer.rex_alpha,
+        rex_beta=optimizer.rex_beta,
+    )
 
 
 class TimeDraws:

@@ -342,8 +342,8 @@ def _loop(
         batches = ((index, _to(batch, device)) for index, batch in reader)
         try:
             while step < plan.total_steps and not log.stop_requested:
-                rate = config.optimizer.learning_rate * schedules.constant_with_warmup(
-                    step, warmup_steps=plan.warmup_steps
+                rate = config.optimizer.learning_rate * schedules.multiplier(
+                    config.optimizer.lr_scheduler, step, plan.schedule
                 )
                 optimizers.set_learning_rate(take_step.optimizer, rate)
                 result = take_step.accumulate(islice(batches, per_process), per_process)

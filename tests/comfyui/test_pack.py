@@ -176,9 +176,16 @@ def test_settings_nodes_show_what_they_do(server: ComfyServer) -> None:
     graph = {
         "rate": graphs.node(
             "LoraLoom_LrScheduler",
-            lr_scheduler="constant",
+            lr_scheduler="cosine_with_restarts",
             lr_warmup_steps=0.1,
+            lr_scheduler_min_lr_ratio=0.0,
+            lr_scheduler_num_cycles=2,
+            lr_scheduler_power=1.0,
             max_train_steps=200,
+            lr_decay_steps=0.0,
+            lr_scheduler_timescale=0,
+            rex_alpha=0.1,
+            rex_beta=0.9,
         ),
         "times": graphs.node(
             "LoraLoom_TimestepSampling",

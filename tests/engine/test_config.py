@@ -19,6 +19,7 @@ from pack.engine.config import (
 )
 from pack.engine.config_types import parse_optimizer_arguments
 from pack.engine.errors import ConfigError
+from pack.engine.jobs.plan import schedule_settings
 from pydantic import ValidationError
 
 
@@ -83,7 +84,7 @@ def test_alpha_is_the_rank_unless_it_is_given(network: NetworkConfig, alpha: flo
     ("value", "steps"), [(0, 0), (20, 20), (0.1, 25), ("10%", 25), ("0.4%", 1), (0.0, 0)]
 )
 def test_the_warm_up_is_a_number_of_steps_or_a_share(value: Any, steps: int) -> None:
-    assert OptimizerConfig(lr_warmup_steps=value).warmup_steps(250) == steps
+    assert schedule_settings(OptimizerConfig(lr_warmup_steps=value), 250).warmup_steps == steps
 
 
 @pytest.mark.parametrize("value", [1.0, 1.5, "100%", -1, -0.1, True, "many", "10 %%"])

@@ -353,6 +353,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_warmup_steps": st.one_of(
         st.integers(min_value=0), st.floats(0, 1, exclude_max=True), st.just("12.5%")
     ),
+    "lr_decay_steps": st.one_of(
+        st.none(), st.integers(min_value=0), st.floats(0, 1, exclude_max=True), st.just("5%")
+    ),
     "min_timestep": st.integers(0, 500),
     "max_timestep": st.integers(501, 1000),
     "optimizer_args": st.lists(st.sampled_from(["weight_decay=0.1", "betas = (0.9, 0.99)"])),

@@ -502,3 +502,12 @@ def test_a_range_without_times_is_told_before_anything_is_loaded(
     ):
         run(training | narrow, preserve_distribution_shape=True, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rate_of_every_step_follows_the_schedule(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "learning_rate": 1e-3}
+    run(training, settings, lr_scheduler_min_lr_ratio=0.2, output_dir=tmp_path, max_train_steps=6)
+    rates = [step.learning_rate for step in history(tmp_path)]
+    assert rates == pytest.approx([6e-4, 1e-3, 1e-3, 8e-4, 6e-4, 4e-4])

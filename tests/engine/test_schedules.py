@@ -20,16 +20,19 @@ def rates(name: str, **settings: Any) -> list[float]:
 
 def transformers_rates(name: str, **specific: Any) -> list[float]:
     """What transformers' scheduler of that name gives to an optimizer with a rate of 1."""
-    from transformers import get_scheduler
+    from transformers import get_inverse_sqrt_schedule, get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=0,
-        num_training_steps=TOTAL,
-        scheduler_specific_kwargs=specific or None,
-    )
+    if name == "inverse_sqrt":  # whose timescale get_scheduler drops in transformers 4
+        scheduler = get_inverse_sqrt_schedule(optimizer, num_warmup_steps=0, **specific)
+    else:
+        scheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=TOTAL,
+            scheduler_specific_kwargs=specific or None,
+        )
     found: list[float] = []
     for _ in range(TOTAL):
         found.append(scheduler.get_last_lr()[0])

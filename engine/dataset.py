@@ -50,6 +50,15 @@ def read_item(latents: Path, text: Path, content: str, *, repeats: int) -> Cache
     return CachedItem(latents, text, tuple(sorted(shapes)), num_bytes, content, repeats)
 
 
+def load_item(item: CachedItem) -> Batch:
+    """All tensors of one image's cache files, without a batch dimension."""
+    tensors: Batch = {}
+    for path in (item.latents, item.text):
+        checkpoint = open_checkpoint(path)
+        tensors |= {name: checkpoint.read(name) for name in checkpoint.entries}
+    return tensors
+
+
 def data_identity(items: Sequence[CachedItem]) -> str:
     """A fingerprint of what is trained on."""
     text = json.dumps([(item.latents.name, item.content, item.repeats) for item in items])
@@ -159,10 +168,7 @@ class BatchReader:
     def _item(self, index: int) -> Batch:
         if index in self._kept:
             return self._kept[index]
-        tensors: Batch = {}
-        for path in (self._items[index].latents, self._items[index].text):
-            checkpoint = open_checkpoint(path)
-            tensors |= {name: checkpoint.read(name) for name in checkpoint.entries}
+        tensors = load_item(self._items[index])
         if self._keep:
             self._kept[index] = tensors
         return tensors

@@ -56,6 +56,16 @@ def linear_shift(num_tokens: int, *, first: tuple[int, float], second: tuple[int
     return math.exp(first[1] + slope * (num_tokens - first[0]))
 
 
+def flux_shift(num_tokens: int) -> float:
+    """FLUX.1's shift for this many tokens of 2x2 latents."""
+    return linear_shift(num_tokens, first=(256, 0.5), second=(4096, 1.15))
+
+
+def qwen_shift(num_tokens: int) -> float:
+    """Qwen-Image's shift for this many tokens of 2x2 latents."""
+    return linear_shift(num_tokens, first=(256, 0.5), second=(8192, 0.9))
+
+
 def sampling_times(num_steps: int, shift: float) -> list[float]:
     """``num_steps + 1`` shifted times from 1 down to 0, evenly spaced before the shift."""
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist()

@@ -16,7 +16,8 @@ class Preset:
 
 MEMORY_PRESETS: dict[str, Preset] = {
     "balanced": Preset(
-        "activations are computed again when they are needed: a third slower, far less memory",
+        "activations are computed again when they are needed: one more forward pass a step, "
+        "far less memory",
         {"gradient_checkpointing": True},
     ),
     "fastest": Preset(

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .flow import linear_shift
+from . import flow
 
 # Probabilities are kept this far from 1 and 0, where the normal quantile is infinite.
 _EDGE, _TINY = 1e-7, 1e-300
@@ -153,14 +153,12 @@ def shift(settings: TimestepSettings, num_tokens: int) -> Distribution:
 
 def flux_shift(settings: TimestepSettings, num_tokens: int) -> LogitNormals:
     """`sigmoid`, moved towards noise by what FLUX.1 uses for this number of tokens."""
-    moved = linear_shift(num_tokens, first=(256, 0.5), second=(4096, 1.15))
-    return _logit_normal(math.log(moved), settings.scale)
+    return _logit_normal(math.log(flow.flux_shift(num_tokens)), settings.scale)
 
 
 def qwen_shift(settings: TimestepSettings, num_tokens: int) -> LogitNormals:
     """`sigmoid`, moved towards noise by what Qwen-Image uses for this number of tokens."""
-    moved = linear_shift(num_tokens, first=(256, 0.5), second=(8192, 0.9))
-    return _logit_normal(math.log(moved), settings.scale)
+    return _logit_normal(math.log(flow.qwen_shift(num_tokens)), settings.scale)
 
 
 def logsnr(settings: TimestepSettings, num_tokens: int) -> Distribution:

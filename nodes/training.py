@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..engine import launch, media, plots
+from ..engine.architectures import find_architecture
 from ..engine.atomic_file import write_text
 from ..engine.config import Config
 from ..engine.config_file import to_toml
@@ -64,11 +65,11 @@ def train(config: Config, node_id: str) -> list[str]:
         EngineError: it cannot be started or failed; what was saved is whole.
         InterruptProcessingException: the user cancelled; everything is saved.
     """
-    files, _ = find_start(config)
-    config = native.on_comfyuis_device(config)
-    if job.is_finished(config):
-        return [f"{files.lora.name} was finished already"]
     with NodeProgress(node_id) as progress:
+        files, _ = find_start(config)
+        config = native.on_comfyuis_device(config)
+        if job.is_finished(config):
+            return [f"{files.lora.name} was finished already"]
         progress.text("starting the training process")
         free_memory()
         # Not beside the LoRA: there lies the recipe of what was trained so far.
@@ -135,4 +136,6 @@ def _previews(config: Config, files: RunFiles, vae: Any) -> Any:
     drawn = [files.preview(index) for index in range(raw.shape[0])]
     if all(path.exists() for path in drawn):
         return to_comfy([media.load_image(path) for path in drawn])
-    return native.approximate(config.model.architecture, raw)
+    # A recipe may leave the family to be found.
+    family = find_architecture(config.model.architecture, config.model.dit)
+    return native.approximate(family.name, raw)

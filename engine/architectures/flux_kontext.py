@@ -206,7 +206,7 @@ class FluxKontext:
     def timestep_shift(self, latent_height: int, latent_width: int) -> float:
         """``exp(mu)``, mu linear through (256 tokens, 0.5) and (4096 tokens, 1.15)."""
         num_tokens = (latent_height // 2) * (latent_width // 2)
-        return flow.linear_shift(num_tokens, first=(256, 0.5), second=(4096, 1.15))
+        return flow.flux_shift(num_tokens)
 
     def load_autoencoder(
         self, path: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import hardware, media
 from ..architectures.base import Architecture
 from ..config import Config
-from ..dataset import CachedItem
+from ..dataset import CachedItem, load_item
 from ..errors import CheckpointError, DataError
 from ..events import Message, Progress, Reporter, Saved
 from ..signals import Stopped, StopSignals
@@ -60,7 +60,7 @@ def draw(
     device = next(transformer.parameters()).device
     picked = chosen(items, config.output.preview_images)
     for index, item in enumerate(picked):
-        conditions = {name: tensor[None].to(device) for name, tensor in _conditions(item).items()}
+        conditions = {name: tensor[None].to(device) for name, tensor in load_item(item).items()}
         height, width = conditions.pop("latents").shape[-2:]
         noise = initial_noise(
             architecture,
@@ -80,6 +80,24 @@ def draw(
     _save(config, architecture, drawn, files, report)
 
 
+def are_drawn(config: Config, items: Sequence[CachedItem], files: RunFiles) -> bool:
+    """Whether as many pictures are there as `draw` would make; true if none are wanted."""
+    wanted = len(chosen(items, config.output.preview_images)) if config.output.preview_images else 0
+    if not wanted:
+        return True
+    latents = read_latents(files)
+    return latents is not None and latents.shape[0] == wanted
+
+
+def remove(files: RunFiles) -> None:
+    """Remove the pictures of an earlier state of the LoRA."""
+    files.preview_latents.unlink(missing_ok=True)
+    index = 0
+    while (path := files.preview(index)).exists():
+        path.unlink()
+        index += 1
+
+
 def read_latents(files: RunFiles) -> Tensor | None:
     """A VAE's latents [N, C, H, W] of the pictures that `draw` made last, if there are any.
 
@@ -93,14 +111,6 @@ def read_latents(files: RunFiles) -> Tensor | None:
         return open_checkpoint(path).read(_KEY)
     except (CheckpointError, KeyError) as error:
         raise DataError(f"{path}: the previews are damaged ({error}); delete the file") from None
-
-
-def _conditions(item: CachedItem) -> dict[str, Tensor]:
-    return {
-        name: checkpoint.read(name)
-        for checkpoint in (open_checkpoint(item.latents), open_checkpoint(item.text))
-        for name in checkpoint.entries
-    }
 
 
 def _save(

@@ -54,7 +54,7 @@ def run(config: Config, report: Reporter) -> None:
         _check_times(config, architecture, items)
         start = _look(config, architecture, items, files, state_path, accelerator.num_processes)
         _tell(config, start, report)
-        if start.finished and _has_previews(config, files):
+        if start.finished and previews.are_drawn(config, items, files):
             report(Finished("train"))
             return
         take_step, network, shapes = _build(config, architecture, accelerator, items, start.plan)
@@ -100,7 +100,8 @@ def is_finished(config: Config) -> bool:
         return False
     items = [cache.item(config, entry) for entry in todo.entries]
     start = _look(config, architecture, items, files, state_path, num_processes=1)
-    return start.finished and not start.data_changed and _has_previews(config, files)
+    drawn = previews.are_drawn(config, items, files)
+    return start.finished and not start.data_changed and drawn
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,6 @@ def _tell(config: Config, start: _Start, report: Reporter) -> None:
         report(Message(f"continuing after step {plan.start} of {plan.total_steps}"))
     elif config.output.resume:
         report(Message(f"there is nothing to continue in {start.files.folder}; starting at step 0"))
-
-
-def _has_previews(config: Config, files: outputs.RunFiles) -> bool:
-    return not config.output.preview_images or files.preview_latents.exists()
 
 
 def _transformer(take_step: OptimizerStep) -> torch.nn.Module:
@@ -309,6 +306,7 @@ def _prepare_folder(start: _Start) -> LossHistory:
     continues = start.state_path == files.state
     with outputs.explained(files.history):
         files.remove_leftovers()
+        previews.remove(files)
         if not continues:
             files.state.unlink(missing_ok=True)  # of a run that --overwrite replaces
         return LossHistory(files.history, resume_step=start.plan.start if continues else 0)

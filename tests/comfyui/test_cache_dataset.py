@@ -18,6 +18,7 @@ from pack.engine.text_encoders import load_clip, load_t5
 from pack.tests.comfyui import graphs
 from pack.tests.comfyui.conftest import ComfyUI
 from pack.tests.comfyui.server import PACK, PACK_NAME, ComfyServer, Run
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -182,6 +183,25 @@ def test_a_lora_is_trained_on_what_native_encoders_made(
     assert run.status == "success", dict(run.error or {})
     assert len(run.outputs["seen"]["images"]) == 2
     assert (server.base / "output" / "loras" / "loomling.safetensors").exists()
+
+
+def test_without_a_vae_the_previews_are_small_also_of_a_recipe_that_leaves_the_family_open(
+    server: ComfyServer, encoders: Encoders
+) -> None:
+    dit = server.base / "models" / "diffusion_models" / "kontext.safetensors"
+    training = graph(encoders) | {
+        "recipe": graphs.node(
+            "LoraLoom_ConfigFromToml", file="none", toml=f"dit = '{dit}'\nmixed_precision = 'no'"
+        ),
+        "train": graphs.demo(output_name="small", max_train_steps=1, preview_images=1)["train"],
+    }
+    training["train"]["inputs"] |= {"model": ["recipe", 0], "dataset": ["cached", 0]}
+    training["seen"] = graphs.node("SaveImage", images=["train", 4], filename_prefix="small")
+    run = server.run(training)
+    assert run.status == "success", dict(run.error or {})
+    [seen] = run.outputs["seen"]["images"]
+    with Image.open(server.base / "output" / seen["filename"]) as image:
+        assert image.size == (8, 8)
 
 
 def test_the_shipped_flux_workflow_runs_on_small_files(

@@ -136,3 +136,34 @@ def test_damaged_previews_are_named(tmp_path: Path) -> None:
     files.preview_latents.write_bytes(b"half a file")
     with pytest.raises(DataError, match=r"tiny\.previews\.latent: the previews are damaged"):
         previews.read_latents(files)
+
+
+def test_another_number_of_previews_is_drawn_again(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = training | FEW | {"output_dir": tmp_path, "resume": True}
+    run(settings)
+    assert train.is_finished(tiny.config(settings))
+    fewer = tiny.config(settings, preview_images=1)
+    assert not train.is_finished(fewer)
+    train.run(fewer, lambda event: None)
+    latents = previews.read_latents(RunFiles(tmp_path, "tiny"))
+    assert latents is not None and latents.shape[0] == 1 and train.is_finished(fewer)
+
+
+def test_previews_do_not_outlive_the_state_that_drew_them(
+    training: dict[str, Any], tmp_path: Path
+) -> None:
+    """A run that goes on and is stopped shows no pictures of what it was before."""
+    run(training, FEW, output_dir=tmp_path)
+    more = tiny.config(training, FEW, output_dir=tmp_path, resume=True, max_train_steps=4)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.task == "preview":
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train.run(more, stop)
+    files = RunFiles(tmp_path, "tiny")
+    assert previews.read_latents(files) is None and not files.preview(0).exists()
+    assert not train.is_finished(more)

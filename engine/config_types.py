@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +18,39 @@ _FORBIDDEN_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 # What neither a file system nor a TOML file can hold, or only by mistake: "C:\new" has a line end.
 _FORBIDDEN_IN_PATHS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
-# What AdamW takes besides the learning rate, and what the value must be.
-_OPTIMIZER_ARGUMENTS = {
-    "weight_decay": "a number from 0",
-    "betas": "two numbers from 0 to below 1",
-    "eps": "a number from 0",
-}
+# Known optimizers; what each is and takes is for `optimizers` to say.
+OPTIMIZERS = (
+    "AdamW",
+    "AdamW8bit",
+    "Adafactor",
+    "AdamWScheduleFree",
+    "RAdamScheduleFree",
+    "SGDScheduleFree",
+    "Prodigy",
+    "Lion",
+    "Muon",
+)
+_CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# accelerate's DynamoBackend, and what musubi-tuner's documentation calls two of them.
+DYNAMO_BACKENDS = (
+    "NO",
+    "EAGER",
+    "AOT_EAGER",
+    "INDUCTOR",
+    "AOT_TS_NVFUSER",
+    "NVPRIMS_NVFUSER",
+    "CUDAGRAPHS",
+    "OFI",
+    "FX2TRT",
+    "ONNXRT",
+    "TENSORRT",
+    "AOT_TORCHXLA_TRACE_ONCE",
+    "TORCHXLA_TRACE_ONCE",
+    "IPEX",
+    "TVM",
+    "HPU_BACKEND",
+    "NEURON",
+)
 # Other names of number types in the files of musubi-tuner.
 _DTYPE_NAMES = {"float": "fp32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -45,7 +73,43 @@ def _dtype_name(value: Any) -> Any:
 
 
 def _optimizer_name(value: Any) -> Any:
-    return "AdamW" if isinstance(value, str) and value.lower() == "adamw" else value
+    """The known spelling; ``schedulefree.AdamWScheduleFree`` is one of ours, too."""
+    if not isinstance(value, str):
+        return value
+    known = {name.lower(): name for name in OPTIMIZERS}
+    return known.get(value.lower().removeprefix("schedulefree."), value)
+
+
+def _check_optimizer_name(value: str) -> str:
+    if value not in OPTIMIZERS and ("." not in value or not _CLASS_NAME.fullmatch(value)):
+        near = get_close_matches(value, OPTIMIZERS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"one of {', '.join(OPTIMIZERS)}, or package.Class{hint}")
+    return value
+
+
+def _check_class_name(value: str) -> str:
+    if not _CLASS_NAME.fullmatch(value):
+        raise ValueError("a class of torch.optim.lr_scheduler, or package.Class")
+    return value
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _check_dynamo_backend(value: str) -> str:
+    if value not in DYNAMO_BACKENDS:
+        near = get_close_matches(value, DYNAMO_BACKENDS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"one of {', '.join(DYNAMO_BACKENDS)}{hint}")
+    return value
+
+
+def _check_prefix(value: str) -> str:
+    if _FORBIDDEN_IN_NAMES.search(value):
+        raise ValueError('the beginning of a file name without any of < > : " / \\ | ? *')
+    return value
 
 
 def _size(value: Any) -> Any:
@@ -93,35 +157,32 @@ def _check_sdpa(value: bool) -> bool:
     return value
 
 
-def _check_optimizer_arguments(values: list[str]) -> list[str]:
-    parse_optimizer_arguments(values)
+def _check_arguments(values: list[str]) -> list[str]:
+    parse_arguments(values)
     return values
 
 
-def parse_optimizer_arguments(values: list[str]) -> dict[str, Any]:
+def parse_arguments(values: list[str]) -> dict[str, Any]:
     """``["weight_decay=0.01"]`` -> ``{"weight_decay": 0.01}``; values are Python literals.
 
+    Only the first "=" separates, so a value may hold more of them.
+
     Raises:
-        ValueError: an entry is not ``key=value``, or the key or value is not one AdamW takes.
+        ValueError: an entry is not ``key=value``, comes twice, or its value is no literal.
     """
     parsed: dict[str, Any] = {}
     for entry in values:
         key, equals, text = (part.strip() for part in entry.partition("="))
-        if not equals or key not in _OPTIMIZER_ARGUMENTS:
-            known = ", ".join(_OPTIMIZER_ARGUMENTS)
-            raise ValueError(f"entries key=value with key one of {known} (not {entry!r})")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"entries key=value (not {entry!r})")
+        if key in parsed:
+            raise ValueError(f"each key once ({key} comes twice)")
         try:
-            value: Any = ast.literal_eval(text)
+            parsed[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = None
-        numbers = value if key == "betas" and isinstance(value, tuple | list) else (value,)
-        good = len(numbers) == (2 if key == "betas" else 1) and all(
-            type(number) in (int, float) and 0 <= number < (1 if key == "betas" else 1e6)
-            for number in numbers
-        )
-        if not good:
-            raise ValueError(f"{_OPTIMIZER_ARGUMENTS[key]} for {key} (not {text!r})")
-        parsed[key] = tuple(float(n) for n in numbers) if key == "betas" else float(numbers[0])
+            raise ValueError(
+                f"a number, True, False, None, 'text' or a list of them for {key} (not {text!r})"
+            ) from None
     return parsed
 
 
@@ -147,8 +208,13 @@ Dtype = Annotated[Literal["bf16", "fp16", "fp32"], BeforeValidator(_dtype_name)]
 Extension = Annotated[str, AfterValidator(_check_extension)]
 FileName = Annotated[str, AfterValidator(_check_name)]
 DeviceName = Annotated[str, AfterValidator(_check_device)]
-OptimizerName = Annotated[Literal["AdamW"], BeforeValidator(_optimizer_name)]
-OptimizerArguments = Annotated[list[str], AfterValidator(_check_optimizer_arguments)]
+OptimizerName = Annotated[
+    str, BeforeValidator(_optimizer_name), AfterValidator(_check_optimizer_name)
+]
+LrSchedulerName = Annotated[str, AfterValidator(_check_class_name)]
+Arguments = Annotated[list[str], AfterValidator(_check_arguments)]
+DynamoBackend = Annotated[str, BeforeValidator(_upper), AfterValidator(_check_dynamo_backend)]
+LogPrefix = Annotated[str, AfterValidator(_check_prefix)]
 ShareOrSteps = Annotated[
     int | float, BeforeValidator(_share_or_steps), AfterValidator(_check_share_or_steps)
 ]

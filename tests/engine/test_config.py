@@ -16,8 +16,9 @@ from pack.engine.config import (
     OutputConfig,
     RuntimeConfig,
     TimestepConfig,
+    TrainingConfig,
 )
-from pack.engine.config_types import parse_optimizer_arguments
+from pack.engine.config_types import parse_arguments
 from pack.engine.errors import ConfigError
 from pack.engine.jobs.plan import schedule_settings
 from pydantic import ValidationError
@@ -93,36 +94,62 @@ def test_a_warm_up_longer_than_the_run_is_no_share(value: Any) -> None:
         OptimizerConfig(lr_warmup_steps=value)
 
 
-def test_optimizer_arguments_become_values() -> None:
-    entries = ["weight_decay=0.01", "betas = (0.9, 0.99)", "eps=1e-8"]
-    parsed = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}
-    assert parse_optimizer_arguments(entries) == parsed
+def test_arguments_become_values() -> None:
+    entries = ["weight_decay=0.01", "betas = (0.9, 0.99)", "eps=1e-8", "flag=True"]
+    parsed = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "flag": True}
+    assert parse_arguments(entries) == parsed
     assert OptimizerConfig(optimizer_args=entries).arguments == parsed
-    assert parse_optimizer_arguments(["betas=0.5,0"]) == {"betas": (0.5, 0.0)}
+    assert parse_arguments(["betas=0.5,0"]) == {"betas": (0.5, 0)}
+    # Only the first "=" separates.
+    assert OptimizerConfig(lr_scheduler_args=["rules='a=b'"]).scheduler_arguments == {
+        "rules": "a=b"
+    }
 
 
 @pytest.mark.parametrize(
-    ("entry", "reason"),
+    ("entries", "reason"),
     [
-        ("weight_decay", "key=value"),
-        ("momentum=0.9", "weight_decay, betas, eps"),
-        ("=1", "key=value"),
-        ("weight_decay=", "a number from 0 for weight_decay"),
-        ("weight_decay=much", "a number from 0 for weight_decay"),
-        ("weight_decay=-1", "a number from 0 for weight_decay"),
-        ("weight_decay=True", "a number from 0 for weight_decay"),
-        ("weight_decay=1e999", "a number from 0 for weight_decay"),
-        ("weight_decay={[]: 1}", "a number from 0 for weight_decay"),
-        ("weight_decay=__import__('os')", "a number from 0 for weight_decay"),
-        ("eps=(1, 2)", "a number from 0 for eps"),
-        ("betas=0.9", "two numbers from 0 to below 1"),
-        ("betas=0.9,1.0", "two numbers from 0 to below 1"),
-        ("betas=0.9,0.9,0.9", "two numbers from 0 to below 1"),
+        (["weight_decay"], "key=value"),
+        (["=1"], "key=value"),
+        (["a b=1"], "key=value"),
+        (["weight_decay="], "for weight_decay"),
+        (["weight_decay=much"], "for weight_decay"),
+        (["weight_decay={[]: 1}"], "for weight_decay"),
+        (["weight_decay=__import__('os')"], "for weight_decay"),
+        (["betas=(0.9"], "for betas"),
+        (["eps=1", "eps=2"], "eps comes twice"),
     ],
 )
-def test_an_optimizer_argument_that_means_nothing_is_refused(entry: str, reason: str) -> None:
+def test_an_argument_that_means_nothing_is_refused(entries: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        parse_optimizer_arguments([entry])
+        parse_arguments(entries)
+    with pytest.raises(ValidationError, match=reason):
+        OptimizerConfig(optimizer_args=entries)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("adamw", "AdamW"),
+        ("ADAMW8BIT", "AdamW8bit"),
+        ("schedulefree.AdamWScheduleFree", "AdamWScheduleFree"),
+        ("torch.optim.SGD", "torch.optim.SGD"),
+    ],
+)
+def test_an_optimizer_has_one_name(given: str, name: str) -> None:
+    assert OptimizerConfig(optimizer_type=given).optimizer_type == name
+
+
+@pytest.mark.parametrize("name", ["AdamX", "", "a..b", ".a", "os.system('x')", "torch optim.SGD"])
+def test_what_names_no_optimizer_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="AdamWScheduleFree"):
+        OptimizerConfig(optimizer_type=name)
+
+
+def test_a_dynamo_backend_may_be_written_small_but_must_exist() -> None:
+    assert TrainingConfig(dynamo_backend="inductor").dynamo_backend == "INDUCTOR"
+    with pytest.raises(ValidationError, match="did you mean 'INDUCTOR'"):
+        TrainingConfig(dynamo_backend="inducter")
 
 
 def test_a_size_is_one_side_or_both() -> None:

@@ -222,7 +222,7 @@ def test_the_precision_of_accelerate_counts_where_none_is_given(run_toml: Path) 
             "timestep_sampling = 7: expected one of auto, flux_shift, logsnr, qinglong_flux, "
             "qinglong_qwen, qwen_shift, shift, sigma, sigmoid, uniform",
         ),
-        ("optimizer_type = 'Adafactor'", 'optimizer_type = "Adafactor": expected AdamW'),
+        ("optimizer_type = 'AdamX'", 'optimizer_type = "AdamX": expected one of AdamW, AdamW8bit'),
         ("sdpa = false", "sdpa = false: expected true; PyTorch's own attention is the only one"),
         ("device = 'gpu'", 'device = "gpu": expected one of auto, cpu, cuda, cuda:0 ..., xpu, mps'),
         # a path in double quotes
@@ -358,7 +358,14 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     ),
     "min_timestep": st.integers(0, 500),
     "max_timestep": st.integers(501, 1000),
-    "optimizer_args": st.lists(st.sampled_from(["weight_decay=0.1", "betas = (0.9, 0.99)"])),
+    "optimizer_args": st.just(["weight_decay=0.1", "betas = (0.9, 0.99)"]),
+    "optimizer_type": st.sampled_from(["AdamW", "adafactor", "torch.optim.SGD"]),
+    "lr_scheduler_args": st.sampled_from([[], ["rules='a=b'"]]),
+    "lr_scheduler_type": st.sampled_from([None, "StepLR", "my.Schedule"]),
+    "dynamo_backend": st.sampled_from(["NO", "inductor"]),
+    "log_tracker_name": st.just("naïve"),
+    "log_prefix": st.sampled_from(["", "a_", "猫"]),
+    "validation_split": st.floats(0, 1, exclude_max=True),
     "output_name": st.sampled_from(["a", "naïve #1", "'a' = [b], {c}", "猫.v1"]),
     "sdpa": st.just(True),
 }

@@ -19,5 +19,9 @@ class CheckpointError(EngineError):
     """A model, LoRA or state file is missing, damaged or not what it was given as."""
 
 
+class NotFiniteError(CheckpointError):
+    """What was to be written holds NaN or infinity; the file is what it was before."""
+
+
 class DataError(EngineError):
     """A dataset folder, image, caption or cache file cannot be used."""

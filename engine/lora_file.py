@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import file_kinds
-from .errors import CheckpointError
+from .errors import CheckpointError, NotFiniteError
 from .lora import LoRAWeights
 from .weights import open_checkpoint, save_tensors
 
@@ -36,7 +36,7 @@ def save_lora(
     """Write a LoRA; the file is either whole and sound or not there.
 
     Raises:
-        CheckpointError: a value is NaN or infinite.
+        NotFiniteError: a value is NaN or infinite.
         ValueError: a name or shape does not belong to the model (a bug of ours).
     """
     tensors: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ def save_lora(
         tensors[f"{PREFIX}{name}{_ALPHA}"] = torch.tensor(lora.alpha, dtype=torch.float32)
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(
+            raise NotFiniteError(
                 f"{path}: {key} became NaN or infinite, so the LoRA was not written; what was "
                 "saved before is untouched, start again with a lower learning_rate"
             )

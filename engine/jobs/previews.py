@@ -8,26 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import hardware, media
+from .. import media
 from ..architectures.base import Architecture
 from ..config import Config
 from ..dataset import CachedItem, load_item
-from ..errors import CheckpointError, DataError
+from ..evaluation import evaluating
 from ..events import Message, Progress, Reporter, Saved
+from ..latent_file import read_latents as read_latent_file
+from ..latent_file import save_latents
 from ..signals import Stopped, StopSignals
-from ..weights import open_checkpoint, save_tensors
-from .generate import SamplingSettings, initial_noise, sample
 from .outputs import RunFiles, explained
-
-# As in the files of ComfyUI's SaveLatent node: a VAE's latents [N, C, H, W], and a mark without
-# content that says they are not scaled.
-_KEY, _MARK = "latent_tensor", "latent_format_version_0"
+from .picture import initial_noise, load_autoencoder, sample, sampling_settings
 
 
 def chosen(items: Sequence[CachedItem], count: int) -> list[CachedItem]:
-    """Up to ``count`` items of the most common shape, evenly spread over the dataset."""
-    shape, _ = Counter(item.shapes for item in items).most_common(1)[0]
-    same = [item for item in items if item.shapes == shape]
+    """Up to ``count`` items of the most common shape, evenly spread over the dataset.
+
+    Regularization images are left out.
+    """
+    own = [item for item in items if not item.is_regularization]
+    shape, _ = Counter(item.shapes for item in own).most_common(1)[0]
+    same = [item for item in own if item.shapes == shape]
     count = min(count, len(same))
     return [same[index * len(same) // count] for index in range(count)]
 
@@ -54,25 +55,22 @@ def draw(
         if stop.requested:
             raise Stopped("stopped while drawing previews; the LoRA is finished and saved")
 
-    settings = config.generate
-    latents: list[Tensor] = []
-    transformer.eval()
-    device = next(transformer.parameters()).device
     picked = chosen(items, config.output.preview_images)
-    for index, item in enumerate(picked):
-        conditions = {name: tensor[None].to(device) for name, tensor in load_item(item).items()}
-        height, width = conditions.pop("latents").shape[-2:]
-        noise = initial_noise(
-            architecture,
-            width=width * architecture.pixels_per_latent,
-            height=height * architecture.pixels_per_latent,
-            seed=config.runtime.seed + index,
-        )
-        shift = settings.flow_shift or architecture.timestep_shift(height, width)
-        sampling = SamplingSettings(settings.infer_steps, shift, settings.embedded_cfg_scale)
-        noise = noise.to(device)
-        latents.append(sample(architecture, transformer, noise, conditions, sampling, check))
-        report(Progress("preview", index + 1, len(picked), unit="picture"))
+    latents: list[Tensor] = []
+    device = next(transformer.parameters()).device
+    with evaluating(transformer):
+        for index, item in enumerate(picked):
+            conditions = {name: tensor[None].to(device) for name, tensor in load_item(item).items()}
+            height, width = (
+                side * architecture.pixels_per_latent
+                for side in conditions.pop("latents").shape[-2:]
+            )
+            seed = config.runtime.seed + index
+            noise = initial_noise(architecture, width=width, height=height, seed=seed)
+            sampling = sampling_settings(config.generate, architecture, (width, height))
+            noise = noise.to(device)
+            latents.append(sample(architecture, transformer, noise, conditions, sampling, check))
+            report(Progress("preview", index + 1, len(picked), unit="picture"))
     drawn = torch.cat(latents)
     if not drawn.isfinite().all():
         report(Message("the previews came out as NaN and are left out", level="warning"))
@@ -104,13 +102,7 @@ def read_latents(files: RunFiles) -> Tensor | None:
     Raises:
         DataError: the file is damaged.
     """
-    path = files.preview_latents
-    if not path.exists():
-        return None
-    try:
-        return open_checkpoint(path).read(_KEY)
-    except (CheckpointError, KeyError) as error:
-        raise DataError(f"{path}: the previews are damaged ({error}); delete the file") from None
+    return read_latent_file(files.preview_latents)
 
 
 def _save(
@@ -120,17 +112,13 @@ def _save(
     files: RunFiles,
     report: Reporter,
 ) -> None:
-    raw = architecture.raw_latents(latents_NCTHW.float().cpu())[:, :, 0]
     with explained(files.preview_latents):
-        save_tensors(files.preview_latents, {_KEY: raw, _MARK: torch.tensor([])}, {})
+        raw = architecture.raw_latents(latents_NCTHW.float().cpu())[:, :, 0]
+        save_latents(files.preview_latents, raw)
     report(Saved(str(files.preview_latents), "latents"))
     if config.model.vae is None:
         return
-    autoencoder = architecture.load_autoencoder(
-        config.model.vae,
-        dtype=hardware.stored_or(config.model.vae_dtype),
-        device=latents_NCTHW.device,
-    )
+    autoencoder = load_autoencoder(config, architecture, latents_NCTHW.device)
     for index in range(latents_NCTHW.shape[0]):
         image = media.to_image(autoencoder.decode(latents_NCTHW[index : index + 1])[0])
         path = files.preview(index)

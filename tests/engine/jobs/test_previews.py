@@ -134,7 +134,7 @@ def test_damaged_previews_are_named(tmp_path: Path) -> None:
     files = RunFiles(tmp_path, "tiny")
     assert previews.read_latents(files) is None
     files.preview_latents.write_bytes(b"half a file")
-    with pytest.raises(DataError, match=r"tiny\.previews\.latent: the previews are damaged"):
+    with pytest.raises(DataError, match=r"tiny\.previews\.latent: the latents are damaged"):
         previews.read_latents(files)
 
 

@@ -58,6 +58,12 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
     if parsed.job == "options":
         _print(reference())
         return 0
+    if parsed.job == "control":
+        from .jobs import control
+
+        wait, as_json = parsed.wait, parsed.json
+        control.run(parsed.run, parsed.command, wait=wait, as_json=as_json, write=_print)
+        return 0
     # The progress bar is closed before an error is written, which so has a line of its own.
     with closing(ConsoleReporter()) as console:
         report = json_lines(sys.stdout) if parsed.events == "json" else console
@@ -77,9 +83,9 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
 def _run_job(job: str, config: Config, report: Reporter) -> None:
     # Only the job that runs is imported, because each brings heavy libraries.
     if job == "cache":
-        from .jobs import cache
+        from .jobs import encode
 
-        cache.run(config, report)
+        encode.run(config, report)
     elif job == "train":
         from .jobs import train
 
@@ -124,8 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results")
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the training")
     _add_events(demo)
+    _add_control(jobs.add_parser("control", help="tell a running training what to do"))
     jobs.add_parser("options", help="print the reference of all settings (docs/options.md)")
     return parser
+
+
+def _add_control(command: argparse.ArgumentParser) -> None:
+    from .jobs.control import WORDS
+
+    words = "; ".join(f"{word}: {meaning}" for word, meaning in WORDS.items())
+    command.add_argument(
+        "run", type=Path, help="output_dir/output_name, one of the run's files, or its config file"
+    )
+    command.add_argument("command", choices=WORDS, help=words)
+    command.add_argument("--wait", action="store_true", help="return when it is done")
+    command.add_argument("--json", action="store_true", help="for status: all of it as JSON")
 
 
 def _add_events(command: argparse.ArgumentParser) -> None:

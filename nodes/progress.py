@@ -59,13 +59,23 @@ class NodeProgress:
 
     def text(self, text: str) -> None:
         """Show one line on the node while it runs."""
-        PromptServer.instance.send_progress_text(text, self._node_id)
+        send_text(self._node_id, text)
 
     def message(self, level: str, summary: str, detail: str) -> None:
         """Show a note in the corner of the window."""
-        record = {"node_id": self._node_id, "level": level, "summary": summary, "detail": detail}
-        server = PromptServer.instance
-        server.send_sync("lora_loom.message", record, server.client_id)
+        send_message(self._node_id, level, summary, detail)
+
+
+def send_text(node_id: str, text: str) -> None:
+    """Show one line on a node while it runs."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+def send_message(node_id: str, level: str, summary: str, detail: str) -> None:
+    """Show a note with a node's title in the corner of the window."""
+    record = {"node_id": node_id, "level": level, "summary": summary, "detail": detail}
+    server = PromptServer.instance
+    server.send_sync("lora_loom.message", record, server.client_id)
 
 
 def check_cancelled() -> None:

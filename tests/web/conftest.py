@@ -40,8 +40,10 @@ def replay_server(object_info: dict[str, Any]) -> Iterator[ReplayServer]:
 
 @pytest.fixture
 def replay(replay_server: ReplayServer) -> ReplayServer:
-    """The replayed server, to which nobody has posted a prompt yet."""
+    """The replayed server, to which nobody has posted anything yet."""
     replay_server.prompts.clear()
+    replay_server.commands.clear()
+    replay_server.refusal = None
     return replay_server
 
 

@@ -72,10 +72,14 @@ class ReplayServer:
 
     Attributes:
         prompts: what was posted to be queued.
+        commands: what buttons of a running node asked for.
+        refusal: the status and error that they get instead of what they ask for.
     """
 
     def __init__(self, object_info: dict[str, Any], pack: Path) -> None:
         self.prompts: list[dict[str, Any]] = []
+        self.commands: list[dict[str, Any]] = []
+        self.refusal: tuple[int, str] | None = None
         self._sockets: set[web.WebSocketResponse] = set()
         workflows = pack.glob("workflows/*.json")
         self._folders = {
@@ -113,6 +117,7 @@ class ReplayServer:
         app.router.add_post("/api/settings", self._post_settings)
         app.router.add_post("/api/settings/{name}", self._post_setting)
         app.router.add_post("/api/prompt", self._post_prompt)
+        app.router.add_post("/api/lora_loom/control", self._post_command)
         return app
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -166,6 +171,13 @@ class ReplayServer:
         self.prompts.append(await request.json())
         number = len(self.prompts)
         return web.json_response({"prompt_id": PROMPT_ID, "number": number, "node_errors": {}})
+
+    async def _post_command(self, request: web.Request) -> web.Response:
+        self.commands.append(await request.json())
+        if self.refusal:
+            status, error = self.refusal
+            return web.json_response({"error": error}, status=status)
+        return web.json_response({"accepted": self.commands[-1]["command"]})
 
 
 def _scripts(web_folder: Path) -> Iterable[str]:

@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,10 @@ from .weights import open_checkpoint
 Batch = dict[str, Tensor]
 # (index of the batch in the run, items in it)
 Planned = tuple[int, tuple[int, ...]]
+# What the names of the conditions of an image's second caption begin with.
+CLASS_PREFIX = "class_"
+# Marks a batch of regularization images.
+REGULARIZATION = "regularization"
 _KEEP_IN_MEMORY_BYTES = 2**30
 
 
@@ -28,7 +32,8 @@ _KEEP_IN_MEMORY_BYTES = 2**30
 class CachedItem:
     """One image in the cache; items with the same ``shapes`` fit into one batch.
 
-    ``content`` identifies what the files hold.
+    ``content`` identifies what the files hold; ``class_text`` is a second text, of the caption with
+    the word of the class.
     """
 
     latents: Path
@@ -37,32 +42,76 @@ class CachedItem:
     num_bytes: int
     content: str
     repeats: int = 1
+    class_text: Path | None = None
+    is_regularization: bool = False
+
+    def files(self) -> list[tuple[str, Path]]:
+        """Every file, with what the names of its tensors are to begin with."""
+        files = [("", self.latents), ("", self.text)]
+        return [*files, (CLASS_PREFIX, self.class_text)] if self.class_text else files
 
 
-def read_item(latents: Path, text: Path, content: str, *, repeats: int) -> CachedItem:
+@dataclass(frozen=True)
+class CachedData:
+    """All images of a run: those to train, regularization images among them, and to measure."""
+
+    train: list[CachedItem]
+    validation: list[CachedItem]
+
+
+def read_item(
+    latents: Path,
+    text: Path,
+    content: str,
+    *,
+    repeats: int,
+    class_text: Path | None = None,
+    is_regularization: bool = False,
+) -> CachedItem:
     """Describe one image's cache files from their headers."""
+    item = CachedItem(latents, text, (), 0, content, repeats, class_text, is_regularization)
     shapes: list[tuple[str, tuple[int, ...]]] = []
     num_bytes = 0
-    for path in (latents, text):
+    for prefix, path in item.files():
         checkpoint = open_checkpoint(path)
-        shapes += [(name, entry.shape) for name, entry in checkpoint.entries.items()]
+        shapes += [(prefix + name, entry.shape) for name, entry in checkpoint.entries.items()]
         num_bytes += sum(entry.num_bytes for entry in checkpoint.entries.values())
-    return CachedItem(latents, text, tuple(sorted(shapes)), num_bytes, content, repeats)
+    return replace(item, shapes=tuple(sorted(shapes)), num_bytes=num_bytes)
 
 
 def load_item(item: CachedItem) -> Batch:
     """All tensors of one image's cache files, without a batch dimension."""
     tensors: Batch = {}
-    for path in (item.latents, item.text):
+    for prefix, path in item.files():
         checkpoint = open_checkpoint(path)
-        tensors |= {name: checkpoint.read(name) for name in checkpoint.entries}
+        tensors |= {prefix + name: checkpoint.read(name) for name in checkpoint.entries}
     return tensors
 
 
-def data_identity(items: Sequence[CachedItem]) -> str:
-    """A fingerprint of what is trained on."""
-    text = json.dumps([(item.latents.name, item.content, item.repeats) for item in items])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def data_identity(items: Sequence[CachedItem], validation: Sequence[CachedItem] = ()) -> str:
+    """A fingerprint of what is trained on, and of what may end the training early."""
+    facts = [
+        (item.latents.name, item.content, item.repeats, *[REGULARIZATION] * item.is_regularization)
+        for item in items
+    ]
+    facts += [(item.latents.name, item.content, "validation") for item in validation]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def choose_held_out(digests: Sequence[str], *, share: float, seed: int) -> list[int]:
+    """Which of the images are for validation, as ascending indices.
+
+    At least one, at most all but one. A function of the images' content and the seed alone: the
+    order and the names make no difference, and a new image lets at most one other change sides.
+
+    Args:
+        digests: identity of each image; of at least two.
+    """
+    assert len(digests) > 1
+    count = min(max(1, round(share * len(digests))), len(digests) - 1)
+    ranks = {digest: seeds.derive(seed, f"validation {digest}") for digest in digests}
+    order = sorted(range(len(digests)), key=lambda index: ranks[digests[index]])
+    return sorted(order[:count])
 
 
 def epoch_batches(
@@ -70,15 +119,17 @@ def epoch_batches(
 ) -> list[tuple[int, ...]]:
     """The batches of one epoch as indices into ``items``.
 
-    Every item comes as often as it repeats; a batch holds items of one shape; the last batch of
-    a shape may be short; items and batches are shuffled anew in each epoch.
+    Every item comes as often as it repeats; a batch holds items of one shape, either all for
+    regularization or none; the last batch of a shape may be short; items and batches are shuffled
+    anew in each epoch.
     """
     generator = seeds.generator(seed, "epoch", epoch)
-    by_shape: dict[object, list[int]] = {}
+    by_kind: dict[object, list[int]] = {}
     for index, item in enumerate(items):
-        by_shape.setdefault(item.shapes, []).extend([index] * item.repeats)
+        kind = item.shapes, item.is_regularization
+        by_kind.setdefault(kind, []).extend([index] * item.repeats)
     batches: list[tuple[int, ...]] = []
-    for indices in by_shape.values():
+    for indices in by_kind.values():
         order = torch.randperm(len(indices), generator=generator).tolist()
         shuffled = [indices[position] for position in order]
         batches += [
@@ -92,7 +143,8 @@ class BatchReader:
     """Reads planned batches one ahead of their use, in a background thread.
 
     Tensors are kept in memory when all items together are smaller than ``keep_bytes``.
-    Use as a context manager and iterate: gives (index, batch) with "latents" [B, C, T, H, W].
+    Use as a context manager and iterate: gives (index, batch) with "latents" [B, C, T, H, W],
+    perhaps "mask" [B, 1, T, H, W], and `REGULARIZATION` [B] in batches of regularization images.
     """
 
     def __init__(
@@ -159,6 +211,8 @@ class BatchReader:
     def _batch(self, chosen: Sequence[int]) -> Batch:
         tensors = [self._item(index) for index in chosen]
         batch = {name: torch.stack([item[name] for item in tensors]) for name in tensors[0]}
+        if self._items[chosen[0]].is_regularization:
+            batch[REGULARIZATION] = torch.ones(len(chosen))
         return (
             {name: value.pin_memory() for name, value in batch.items()}
             if self._pin_memory

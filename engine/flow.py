@@ -23,6 +23,29 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
+def draw_noise(like: Tensor, *, generator: torch.Generator, offset: float = 0.0) -> Tensor:
+    """Normal noise in float32, shaped like latents [B, C, ...] and on their device.
+
+    Args:
+        generator: on the same device; gives the noise first and the offsets after it.
+        offset: deviation of a second draw that all elements of a sample's channel share, without
+            which no step learns to change the mean of a picture
+            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+    noise = torch.randn(like.shape, generator=generator, device=like.device)
+    if offset:
+        shared = torch.Size([*like.shape[:2], *[1] * (like.ndim - 2)])
+        shift = torch.randn(shared, generator=generator, device=like.device)
+        noise.add_(shift, alpha=offset)
+    return noise
+
+
+def mix(latents: Tensor, noise: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`noisy_latents` and `velocity_target`, of which the second takes the place of ``noise``."""
+    noisy = noisy_latents(latents, noise, t_B)
+    return noisy, noise.sub_(latents)
+
+
 def cosmap_weight(t_B: Tensor) -> Tensor:
     """``2 / (pi (1 - 2t + 2t^2))``: middle times count most.
 

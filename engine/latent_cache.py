@@ -1,8 +1,9 @@
 """The cache: one safetensors file of latents and one of text embeddings per image.
 
-Keys: "latents" [C, T, H, W] and "control_latents_0"... [C, 1, h, w] in the first; in the second
-what the family's text encoders give ("text_embeds" [L, D], "pooled" [D]). The metadata holds a
-fingerprint of everything the content depends on, so a file is either current or made again.
+Keys: "latents" [C, T, H, W], perhaps "mask" [1, T, H, W] in [0, 1], and "control_latents_0"...
+[C, 1, h, w] in the first; in the second what the family's text encoders give ("text_embeds" [L, D],
+"pooled" [D]). A second text of an image has a file of its own. The metadata holds a fingerprint of
+everything the content depends on, so a file is either current or made again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def cache_paths(cache: Path, image: Path, architecture: str) -> tuple[Path, Path
     short = hashlib.sha256(image.name.encode()).hexdigest()[:8]
     stem = f"{image.stem}-{short}_{architecture}"
     return cache / f"{stem}.safetensors", cache / f"{stem}_text.safetensors"
+
+
+def class_text_path(text: Path) -> Path:
+    """The file for an image's second text, beside that for its first."""
+    return text.with_name(f"{text.stem.removesuffix('_text')}_class_text.safetensors")
 
 
 def file_digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from torch.nn import functional as F  # noqa: N812
 class LoRAAdapter(nn.Module):
     """``delta W = (alpha / R) B A``; zero at initialisation because B is.
 
-    The parameters stay in float32 whatever type the model has.
+    The parameters stay in float32 whatever type the model has. While ``enabled`` is false the
+    adapter does nothing.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class LoRAAdapter(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
         self.alpha = alpha
         self.scale = alpha / rank
+        self.enabled = True
 
 
 class LoRALinear(nn.Module):
@@ -54,6 +57,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
+        if not self.adapter.enabled:
+            return out
         hidden = F.linear(x, self.adapter.lora_A.to(x.dtype))
         rows_OR = self.adapter.lora_B[self.first : self.end].to(x.dtype)
         # One kernel adds the scaled product in place of three that make full-size temporaries.
@@ -81,6 +86,23 @@ class LoRANetwork:
         """Every trainable parameter, in a fixed order."""
         for adapter in self.adapters.values():
             yield from adapter.parameters()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is what it was without adapters, bit for bit.
+
+        Nothing is differentiated inside: gradient checkpointing would compute it again later,
+        outside, with the adapters.
+        """
+        before = {adapter: adapter.enabled for adapter in self.adapters.values()}
+        try:
+            for adapter in before:
+                adapter.enabled = False
+            with torch.no_grad():
+                yield
+        finally:
+            for adapter, enabled in before.items():
+                adapter.enabled = enabled
 
     def weights(self) -> dict[str, LoRAWeights]:
         """The adapters' tensors, detached, not copied."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +11,15 @@ from types import TracebackType
 from .atomic_file import write_text
 from .errors import EngineError
 
+_DECAY = 0.98
+
 
 @dataclass(frozen=True)
 class Step:
-    """``step`` counts from 1; ``t`` is the mean flow time; ``seconds`` the wall time it took."""
+    """``step`` counts from 1; ``t`` is the mean flow time; ``seconds`` the wall time it took.
+
+    ``grad_norm`` is that before clipping, where it was computed.
+    """
 
     step: int
     epoch: int
@@ -21,6 +27,22 @@ class Step:
     learning_rate: float
     t: float
     seconds: float
+    grad_norm: float | None = None
+
+
+class Smoothed:
+    """Exponential mean of a loss over about 50 steps, without a bias towards its start."""
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        self._sum = self._weight = 0.0
+        for step in steps:
+            self.add(step.loss)
+
+    def add(self, loss: float) -> float:
+        """The mean including ``loss``."""
+        self._sum = _DECAY * self._sum + (1 - _DECAY) * loss
+        self._weight = _DECAY * self._weight + 1 - _DECAY
+        return self._sum / self._weight
 
 
 def read_history(path: Path) -> list[Step]:
@@ -37,11 +59,15 @@ def read_history(path: Path) -> list[Step]:
 
 
 class LossHistory:
-    """Appends steps to a file; lines after ``resume_step`` of an earlier run are dropped first."""
+    """Appends steps to a file; lines after ``resume_step`` of an earlier run are dropped first.
+
+    Attributes:
+        kept: the steps that were there before.
+    """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        kept = [step for step in read_history(path) if step.step <= resume_step]
-        write_text(path, "".join(_line(step) for step in kept))
+        self.kept = [step for step in read_history(path) if step.step <= resume_step]
+        write_text(path, "".join(_line(step) for step in self.kept))
         self._path = path
         # Without a buffer: a line that a full disk refused would be tried again on closing.
         self._file = path.open("ab", buffering=0)

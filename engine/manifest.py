@@ -8,35 +8,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
-from .media import IMAGE_EXTENSIONS, image_size
+from .media import IMAGE_EXTENSIONS, has_opacity, image_size
 
 _MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image; ``size`` is its width and height in pixels as shown."""
+    """One training image; ``size`` is its width and height in pixels as shown.
+
+    ``mask`` is the file of its mask; the image itself if that is its opacity.
+    """
 
     image: Path
     caption: str
     size: tuple[int, int]
     controls: tuple[Path, ...] = ()
+    mask: Path | None = None
 
 
 def scan_folder(
-    folder: Path, *, caption_extension: str = ".txt", control_directory: Path | None = None
+    folder: Path,
+    *,
+    setting: str = "image_directory",
+    caption_extension: str = ".txt",
+    control_directory: Path | None = None,
+    mask_directory: Path | None = None,
+    alpha_mask: bool = False,
 ) -> list[Sample]:
-    """All images directly in ``folder``, sorted by name, with captions and control images.
+    """All images directly in ``folder``, sorted by name, with captions, control images and masks.
 
-    A control image has the image's stem, or stem and number (``cat_0.png``, ``cat_1.png``).
+    A control image has the image's stem, or stem and number (``cat_0.png``, ``cat_1.png``), a mask
+    its stem. Every image has control images if there is a folder of them; it may have no mask.
+
+    Args:
+        setting: what names ``folder`` in a message.
+        alpha_mask: the mask of an image is its opacity.
 
     Raises:
         DataError: the folder is missing or empty, or images cannot be used; all are named.
     """
-    images = _images(folder, "image_directory")
+    images = _images(folder, setting)
     controls = None
     if control_directory:
         controls = _by_stem(_images(control_directory, "control_directory"))
+    masks = _masks(mask_directory) if mask_directory else {}
     samples: list[Sample] = []
     problems: list[str] = []
     for image in images:
@@ -45,7 +61,10 @@ def scan_folder(
             found = _controls(image, controls) if controls is not None else ()
             for control in found:
                 image_size(control)
-            samples.append(Sample(image, caption, image_size(image), found))
+            size = image_size(image)
+            mask = image if alpha_mask and has_opacity(image) else None
+            mask = _mask(image, size, masks) if masks else mask
+            samples.append(Sample(image, caption, size, found, mask))
         except DataError as error:
             problems.append(str(error))
     if len(problems) == 1:
@@ -106,3 +125,32 @@ def _controls(image: Path, controls: Mapping[str, Sequence[tuple[int, Path]]]) -
     if image.stem not in controls:
         raise DataError(f"{image.name}: there is no control image of that name; add one")
     return tuple(path for _, path in sorted(controls[image.stem], key=lambda item: item[0]))
+
+
+def _masks(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in _images(folder, "mask_directory"):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _mask(image: Path, size: tuple[int, int], masks: Mapping[str, Sequence[Path]]) -> Path | None:
+    match masks.get(image.stem, []):
+        case []:
+            return None
+        case [mask]:
+            (width, height), (mask_width, mask_height) = size, image_size(mask)
+            # Either side may be rounded.
+            apart = min(
+                abs(mask_width - width * mask_height / height),
+                abs(mask_height - height * mask_width / width),
+            )
+            if apart > 1:
+                raise DataError(
+                    f"{image.name}: the mask {mask.name} is {mask_width}x{mask_height} pixels and "
+                    f"the image {width}x{height}; make the mask from the whole image"
+                )
+            return mask
+        case several:
+            names = " and ".join(path.name for path in several)
+            raise DataError(f"{image.name}: there are several masks, {names}; remove all but one")

@@ -20,17 +20,27 @@ ENGINE = ROOT / "engine"
 # From the ground up: a module imports from its own layer and those above it in this list.
 LAYERS = {
     "words": "__init__ errors events presets",
-    "settings": "config config_file config_types options options_not_yet",
-    "mathematics": "buckets flow samplers schedules seeds timesteps",
+    "settings": """
+        config/__init__ config/drawing config/group config/inputs config/learning config/running
+        config_file config_types options options_not_yet
+    """,
+    "mathematics": """
+        buckets captions flow losses samplers schedule_arguments schedules seeds timesteps
+    """,
     "modules and files": """
-        atomic_file autoencoders console contact_sheet dataset file_kinds hardware key_table
-        latent_cache launch lora lora_file loss_history manifest media optimizers plots signals
-        text_encoders training_state weights
+        atomic_file autoencoders background console contact_sheet control dataset evaluation
+        file_kinds hardware key_table latent_cache latent_file launch lora lora_file loss_history
+        manifest media optimizer_classes optimizer_state optimizer_trial optimizers plots
+        plugins prompts run_status schedule_classes signals text_charts text_encoders
+        time_statistics tracker_arguments trackers training_state validation_history weights
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """
-        jobs/__init__ jobs/cache jobs/generate jobs/outputs jobs/plan jobs/previews jobs/saving
-        jobs/step jobs/step_log jobs/train
+        jobs/__init__ jobs/build jobs/cache jobs/cache_plan jobs/control jobs/encode
+        jobs/entries jobs/generate jobs/guard jobs/loop jobs/objective jobs/outputs
+        jobs/picture jobs/plan jobs/previews jobs/recipe jobs/rewind jobs/run_control
+        jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/session jobs/show
+        jobs/step jobs/step_log jobs/times jobs/tracking jobs/train jobs/validation
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure
@@ -46,7 +56,7 @@ READERS_OF_SETTINGS = {"settings", "jobs", "demo", "shell"}
 USERS_OF_FAMILIES = {"architectures/__init__", *LAYERS["demo"].split()}
 COMFYUI = {"folder_paths", "nodes", "server"}  # besides everything that begins with comfy
 OURSELVES = {"engine", "pack"}
-HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "transformers"}
+HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "tensorboard", "transformers", "wandb"}
 # What a single module of the pack may import.
 ONLY_IN = {"folder_paths": "nodes/paths.py", "subprocess": "engine/launch.py"}
 

@@ -1,42 +1,46 @@
-"""Encode a folder of images and captions once, and only what changed since."""
+"""Encode images and captions once, and only what changed since."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from .. import buckets, hardware, latent_cache, media, weights
+from .. import hardware, latent_cache, media
 from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config
-from ..dataset import CachedItem, read_item
-from ..errors import ConfigError, DataError
+from ..dataset import CachedData, CachedItem, read_item
+from ..errors import ConfigError
 from ..events import Finished, Message, Progress, Reporter
-from ..manifest import Sample, scan_folder
 from ..signals import StopSignals
+from .cache_plan import Plan, plan
+from .entries import Caption, Entry, Facts
 from .outputs import explained
+
+__all__ = [
+    "Encoders",
+    "Entry",
+    "Facts",
+    "Plan",
+    "cached_data",
+    "cached_items",
+    "data_of",
+    "item",
+    "load_text_encoders",
+    "plan",
+    "require_encoders",
+    "run",
+    "run_with",
+]
 
 _DECODE_AHEAD = 8
 _TEXT_BATCH = 8
-Facts = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample, the size it is trained at, its cache files and what they must be made from."""
-
-    sample: Sample
-    size: tuple[int, int]
-    latents: Path
-    text: Path
-    latent_facts: Facts
-    text_facts: Facts
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,6 @@ class Encoders:
     encode_text: Callable[[list[str], int], list[dict[str, Tensor]]]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All entries, and those whose latents or text have to be encoded."""
-
-    entries: list[Entry]
-    stale_latents: list[Entry]
-    stale_text: list[Entry]
-
-
 def run(config: Config, report: Reporter) -> None:
     """Bring the cache up to date.
 
@@ -76,7 +71,9 @@ def run(config: Config, report: Reporter) -> None:
     hardware.use_threads(config.runtime.cpu_threads)
     with StopSignals():
         architecture = find_architecture(config.model.architecture, config.model.dit)
-        _update(config, architecture, plan(config, architecture), report)
+        todo = plan(config, architecture)
+        _tell(todo, report)
+        _update(config, architecture, todo, report)
     report(Finished("cache"))
 
 
@@ -90,23 +87,39 @@ def run_with(
     """
     facts = encoders.latent_facts, encoders.text_facts
     todo = plan(config, architecture, facts)
+    _tell(todo, report)
     _encode_latents(todo.stale_latents, encoders.encode_image, report)
     _encode_text(config, todo.stale_text, encoders.encode_text, report)
     report(Message(_summary(todo)))
     return todo
 
 
-def cached_items(config: Config, architecture: Architecture, report: Reporter) -> list[CachedItem]:
-    """The training data; what is missing is encoded if the encoders are configured.
+def cached_data(config: Config, architecture: Architecture, report: Reporter) -> CachedData:
+    """All images of a run; what is missing is encoded if the encoders are configured.
 
     Raises:
         ConfigError: something is missing and the encoders are not configured.
+        DataError: images, captions, masks or control images cannot be used.
     """
     todo = plan(config, architecture)
     require_encoders(config, todo)
+    _tell(todo, report)
     if todo.stale_latents or todo.stale_text:
         _update(config, architecture, todo, report)
-    return [item(config, entry) for entry in todo.entries]
+    return data_of(config, todo)
+
+
+def cached_items(config: Config, architecture: Architecture, report: Reporter) -> list[CachedItem]:
+    """Those of `cached_data` that are trained."""
+    return cached_data(config, architecture, report).train
+
+
+def data_of(config: Config, todo: Plan) -> CachedData:
+    """What the cache holds of a plan; all of it must be there."""
+    return CachedData(
+        train=[item(config, entry) for entry in todo.entries if entry.role != "validation"],
+        validation=[item(config, entry) for entry in todo.entries if entry.role == "validation"],
+    )
 
 
 def require_encoders(config: Config, todo: Plan) -> None:
@@ -124,107 +137,6 @@ def require_encoders(config: Config, todo: Plan) -> None:
             "captions are not in the cache; encode them first (the cache job, in ComfyUI the node "
             f"Cache Dataset), or give {', '.join(absent)} so that the training can do it"
         )
-
-
-def plan(
-    config: Config, architecture: Architecture, encoders: tuple[Facts, Facts] | None = None
-) -> Plan:
-    """Compare the folder with the cache.
-
-    Args:
-        encoders: identities of what encodes images and captions; None: of what is configured.
-            An encoder that is not is taken to be the one that made the cache.
-    """
-    dataset = config.dataset
-    assert dataset.image_directory is not None
-    samples = scan_folder(
-        dataset.image_directory,
-        caption_extension=dataset.caption_extension,
-        control_directory=dataset.control_directory,
-    )
-    cache = dataset.cache_directory or dataset.image_directory / ".loom_cache"
-    choose_size = _size_chooser(config, architecture)
-    latent_base, text_base = encoders or _encoder_facts(config)
-    entries: list[Entry] = []
-    for sample in samples:
-        size = choose_size(sample)
-        latents, text = latent_cache.cache_paths(cache, sample.image, architecture.name)
-        latent_facts: Facts = {
-            "image": sample.image.name,
-            "image_digest": latent_cache.file_digest(sample.image),
-            "control_digests": [latent_cache.file_digest(path) for path in sample.controls],
-            "size": list(size),
-            "architecture": architecture.name,
-            **latent_base,
-        }
-        text_facts: Facts = {
-            "image": sample.image.name,
-            "caption": sample.caption,
-            "max_length": dataset.text_max_length,
-            "architecture": architecture.name,
-            **text_base,
-        }
-        entries.append(Entry(sample, size, latents, text, latent_facts, text_facts))
-    return Plan(
-        entries,
-        [entry for entry in entries if not _is_current(entry.latents, entry.latent_facts)],
-        [entry for entry in entries if not _is_current(entry.text, entry.text_facts)],
-    )
-
-
-def _is_current(path: Path, facts: Facts) -> bool:
-    stored = latent_cache.read_facts(path)
-    return stored is not None and all(
-        value is None or stored.get(name) == value for name, value in facts.items()
-    )
-
-
-def _encoder_facts(config: Config) -> tuple[Facts, Facts]:
-    """Identities of the encoders; None for those that are not configured."""
-    model = config.model
-
-    def identity(path: Path | None) -> str | None:
-        return weights.fingerprint(path) if path else None
-
-    latent = {"vae": identity(model.vae), "vae_dtype": model.vae_dtype if model.vae else None}
-    has_text = model.text_encoder1 is not None
-    text = {
-        "text_encoder1": identity(model.text_encoder1),
-        "text_encoder2": identity(model.text_encoder2),
-        "tokenizer1": identity(model.tokenizer1),
-        "tokenizer2": identity(model.tokenizer2),
-        "text_encoder_dtype": model.text_encoder_dtype if has_text else None,
-    }
-    return dict(latent), dict(text)
-
-
-def _size_chooser(
-    config: Config, architecture: Architecture
-) -> Callable[[Sample], tuple[int, int]]:
-    dataset, step = config.dataset, architecture.pixel_multiple
-    resolution = dataset.resolution
-    fixed = buckets.own_size(resolution, step=step)
-    if not dataset.enable_bucket and fixed != tuple(resolution):
-        raise ConfigError(
-            f"resolution = {list(resolution)}: without enable_bucket both sides must be multiples "
-            f"of {step}; use {list(fixed)}"
-        )
-    sizes = buckets.bucket_sizes(resolution, step=step)
-    area = resolution[0] * resolution[1]
-
-    def choose(sample: Sample) -> tuple[int, int]:
-        if not dataset.enable_bucket:
-            return fixed
-        if dataset.bucket_no_upscale and sample.size[0] * sample.size[1] <= area:
-            if min(sample.size) < step:
-                raise DataError(
-                    f"{sample.image}: the image is {sample.size[0]}x{sample.size[1]} pixels, less "
-                    f"than {step} on a side; remove it or turn bucket_no_upscale off"
-                )
-            return buckets.own_size(sample.size, step=step)
-        return buckets.nearest_bucket(sample.size, sizes)
-
-    return choose
 
 
 def _update(config: Config, architecture: Architecture, todo: Plan, report: Reporter) -> None:
@@ -248,11 +160,15 @@ def _update(config: Config, architecture: Architecture, todo: Plan, report: Repo
     report(Message(_summary(todo)))
 
 
+def _tell(todo: Plan, report: Reporter) -> None:
+    for note in todo.notes:
+        report(Message(note))
+
+
 def _summary(todo: Plan) -> str:
-    total = len(todo.entries)
     return (
-        f"encoded {len(todo.stale_latents)} of {total} images and {len(todo.stale_text)} of "
-        f"{total} captions; the rest was current"
+        f"encoded {len(todo.stale_latents)} of {len(todo.entries)} images and "
+        f"{len(todo.stale_text)} of {todo.num_captions} captions; the rest was current"
     )
 
 
@@ -260,17 +176,33 @@ def _encode_latents(
     entries: Sequence[Entry], encode: Callable[[Tensor], Tensor], report: Reporter
 ) -> None:
     for done, (entry, pictures) in enumerate(_pictures(entries), start=1):
-        encoded = [encode(picture[None]) for picture in pictures]
+        encoded = [encode(pixels[None]) for pixels in pictures.pixels]
         tensors: dict[str, Tensor] = {"latents": encoded[0]}
         tensors |= {f"control_latents_{index}": value for index, value in enumerate(encoded[1:])}
+        if pictures.mask is not None:
+            tensors["mask"] = _latent_mask(pictures.mask, encoded[0])
         with explained(entry.latents):
             latent_cache.write_cache(entry.latents, tensors, entry.latent_facts)
         report(Progress("cache images", done, len(entries), unit="image"))
 
 
-def _pictures(entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[Tensor]]]:
-    """Each entry with its image and control images [3, H, W], decoded a few ahead."""
-    waiting: list[tuple[Entry, Future[list[Tensor]]]] = []
+def _latent_mask(mask_1HW: Tensor, latents_CTHW: Tensor) -> Tensor:
+    """The mask [1, T, h, w] of the latents: of each, how much of its pixels is masked in."""
+    height, width = latents_CTHW.shape[-2:]
+    area_1HW = F.adaptive_avg_pool2d(mask_1HW, (height, width))
+    return area_1HW[:, None].expand(-1, latents_CTHW.shape[1], -1, -1).contiguous()
+
+
+class _Pictures(NamedTuple):
+    """The image and its control images [3, H, W], and its mask [1, H, W]."""
+
+    pixels: list[Tensor]
+    mask: Tensor | None
+
+
+def _pictures(entries: Sequence[Entry]) -> Iterator[tuple[Entry, _Pictures]]:
+    """Each entry with its pictures, decoded a few ahead."""
+    waiting: list[tuple[Entry, Future[_Pictures]]] = []
     with ThreadPoolExecutor(thread_name_prefix="decode") as pool:
         try:
             for entry in entries:
@@ -284,27 +216,36 @@ def _pictures(entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[Tensor]]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _load(entry: Entry) -> list[Tensor]:
-    return [
+def _load(entry: Entry) -> _Pictures:
+    sample = entry.sample
+    pixels = [
         media.to_tensor(media.resize_to_bucket(media.load_image(path), entry.size))
-        for path in (entry.sample.image, *entry.sample.controls)
+        for path in (sample.image, *sample.controls)
     ]
+    return _Pictures(pixels, _load_mask(entry) if entry.is_masked else None)
+
+
+def _load_mask(entry: Entry) -> Tensor:
+    sample = entry.sample
+    if sample.mask is None:
+        return torch.ones(1, *reversed(entry.size))
+    load = media.load_opacity if sample.mask == sample.image else media.load_mask
+    return media.mask_tensor(load(sample.mask), sample.size, entry.size)
 
 
 def _encode_text(
     config: Config,
-    entries: Sequence[Entry],
+    captions: Sequence[Caption],
     encode: Callable[[list[str], int], list[dict[str, Tensor]]],
     report: Reporter,
 ) -> None:
-    for start in range(0, len(entries), _TEXT_BATCH):
-        chosen = entries[start : start + _TEXT_BATCH]
-        captions = [entry.sample.caption for entry in chosen]
-        encoded = encode(captions, config.dataset.text_max_length)
-        for entry, tensors in zip(chosen, encoded, strict=True):
-            with explained(entry.text):
-                latent_cache.write_cache(entry.text, tensors, entry.text_facts)
-        report(Progress("cache captions", start + len(chosen), len(entries), unit="caption"))
+    for start in range(0, len(captions), _TEXT_BATCH):
+        chosen = captions[start : start + _TEXT_BATCH]
+        encoded = encode([caption.text for caption in chosen], config.dataset.text_max_length)
+        for caption, tensors in zip(chosen, encoded, strict=True):
+            with explained(caption.path):
+                latent_cache.write_cache(caption.path, tensors, caption.facts)
+        report(Progress("cache captions", start + len(chosen), len(captions), unit="caption"))
 
 
 def load_text_encoders(config: Config, architecture: Architecture, device: torch.device) -> Any:
@@ -323,6 +264,16 @@ def load_text_encoders(config: Config, architecture: Architecture, device: torch
 
 def item(config: Config, entry: Entry) -> CachedItem:
     """What the cache holds of one entry."""
-    facts = [latent_cache.read_facts(path) for path in (entry.latents, entry.text)]
-    content = latent_cache.facts_digest({"latents": facts[0], "text": facts[1]})
-    return read_item(entry.latents, entry.text, content, repeats=config.dataset.num_repeats)
+    facts = {"latents": latent_cache.read_facts(entry.latents)}
+    facts |= {"text": latent_cache.read_facts(entry.text)}
+    class_text = entry.class_caption.path if entry.class_caption else None
+    if class_text:
+        facts["class_text"] = latent_cache.read_facts(class_text)
+    return read_item(
+        entry.latents,
+        entry.text,
+        latent_cache.facts_digest(facts),
+        repeats=config.dataset.num_repeats if entry.role == "train" else 1,
+        class_text=class_text,
+        is_regularization=entry.role == "regularization",
+    )

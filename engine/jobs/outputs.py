@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .. import control, run_status
 from ..architectures.base import Architecture
 from ..config import Config
 from ..config_file import to_toml
@@ -42,6 +43,36 @@ class RunFiles:
         return self.folder / f"{self.name}.loss_history.jsonl"
 
     @property
+    def validation(self) -> Path:
+        """One JSON line for each measurement of the validation loss."""
+        return self.folder / f"{self.name}.validation.jsonl"
+
+    @property
+    def loss_by_time(self) -> Path:
+        """Mean training loss of each part of the noise levels, as JSON."""
+        return self.folder / f"{self.name}.loss_by_time.json"
+
+    @property
+    def best(self) -> Path:
+        """The LoRA of the lowest validation loss."""
+        return self.folder / f"{self.name}-best.safetensors"
+
+    @property
+    def control(self) -> Path:
+        """Commands for the run while it goes on."""
+        return self.folder / f"{self.name}{control.ENDING}"
+
+    @property
+    def status(self) -> Path:
+        """What the run is doing, as JSON."""
+        return self.folder / f"{self.name}{run_status.ENDING}"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of what was drawn during training, of all runs in ``folder``."""
+        return self.folder / "samples"
+
+    @property
     def log(self) -> Path:
         """What libraries print while a parent process runs the training."""
         return self.folder / f"{self.name}.log"
@@ -59,15 +90,35 @@ class RunFiles:
     def lora_at_epoch(self, epoch: int) -> Path:
         return self.folder / f"{self.name}-{epoch:06d}.safetensors"
 
-    def numbered_loras(self) -> list[Path]:
-        """The LoRAs that were kept at some step or epoch, as far as they exist."""
-        return self._matching(r"-(step\d{8}|\d{6})\.safetensors")
+    def numbered(self, ending: str) -> dict[Path, tuple[str, int]]:
+        """The LoRAs (``.safetensors``) or states (``.state``) kept at some step or epoch.
+
+        Each that exists, with "step" or "epoch" and its number.
+        """
+        found: dict[Path, tuple[str, int]] = {}
+        for path in self._matching(rf"-(step\d{{8}}|\d{{6}}){re.escape(ending)}"):
+            number = path.name[len(self.name) + 1 : -len(ending)]
+            of_step = number.startswith("step")
+            found[path] = ("step", int(number[4:])) if of_step else ("epoch", int(number))
+        return found
+
+    def all_samples(self) -> list[Path]:
+        """What was drawn during the training."""
+        pattern = re.compile(re.escape(self.name) + r"-step\d{8,}-\d{2,}\.(latent|png)")
+        found = self.samples.iterdir() if self.samples.is_dir() else []
+        return sorted(path for path in found if pattern.fullmatch(path.name))
+
+    def is_own_state(self, path: Path) -> bool:
+        """Whether a file is the state of this run, or one of those kept beside its LoRAs."""
+        own = [self.state, *self.numbered(".state")]
+        return any(each.exists() and path.exists() and path.samefile(each) for each in own)
 
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed while it wrote one of the files left behind."""
         ending = (
-            r"(\.toml|\.loss_history\.jsonl|\.state|\.previews\.latent|\.preview-\d\d\.png"
-            r"|(-step\d{8}|-\d{6})?\.safetensors)"
+            r"(\.toml|\.(loss_history|validation)\.jsonl|\.(loss_by_time|status)\.json"
+            r"|\.previews\.latent|\.preview-\d\d\.png|-best\.safetensors"
+            r"|(-step\d{8}|-\d{6})?\.(safetensors|state)|\.control)"
         )
         for path in self._matching(rf"{ending}\.\d+\.tmp", before="."):
             path.unlink(missing_ok=True)
@@ -119,7 +170,9 @@ def find_start(config: Config) -> tuple[RunFiles, Path | None]:
 def _taken(files: RunFiles, config: Config) -> Iterator[Path]:
     """What a new run would replace."""
     yield from (path for path in (files.lora, files.state) if path.exists())
-    yield from files.numbered_loras()
+    yield from files.numbered(".safetensors")
+    yield from files.numbered(".state")
+    yield from files.all_samples()
     # A run that failed in its first step leaves an empty one.
     if files.history.exists() and files.history.stat().st_size:
         yield files.history
@@ -192,6 +245,13 @@ def lora_metadata(
         "ss_max_timestep": config.timesteps.max_timestep,
         "ss_preserve_distribution_shape": config.timesteps.preserve_distribution_shape,
         "ss_num_timestep_buckets": config.timesteps.num_timestep_buckets,
+        "ss_optimizer_args": " ".join(optimizer.optimizer_args),
+        "ss_lr_scheduler_type": optimizer.lr_scheduler_type,
+        "ss_lr_scheduler_args": " ".join(optimizer.lr_scheduler_args),
+        "ss_loss_type": config.loss.loss_type,
+        "ss_huber_c": config.loss.huber_c,
+        "ss_noise_offset": config.loss.noise_offset,
+        "ss_prior_loss_weight": config.loss.prior_loss_weight,
         "ss_max_train_steps": total_steps,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_gradient_checkpointing": training.gradient_checkpointing,

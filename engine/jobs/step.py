@@ -1,27 +1,36 @@
-"""One optimizer step of flow-matching training, and the loss it is made of."""
+"""One optimizer step of flow-matching training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
-from .. import flow, seeds
+from .. import seeds
 from ..architectures.base import Architecture
+from ..time_statistics import TimeStatistics
+from .objective import (
+    PLAIN,
+    Batch,
+    LossWeight,
+    NoisyBatch,
+    Objective,
+    WithoutAdapters,
+    add_noise,
+    preservation_loss,
+    sample_losses,
+    weighted_mean,
+)
 
 # (uniform draws [B], latent height, latent width) -> flow times [B]
 SampleTimes = Callable[[Tensor, int, int], Tensor]
 # (index of the batch in the run, its size B) -> uniform draws [B]
 DrawTimes = Callable[[int, int], Tensor]
-# flow times [B] -> weights [B]
-LossWeight = Callable[[Tensor], Tensor]
-Batch = Mapping[str, Tensor]
 
 
 class VelocityModel(nn.Module):
@@ -38,7 +47,10 @@ class VelocityModel(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the optimizer step, still on the device so that nothing waits for them."""
+    """Means over the optimizer step, still on the device so that nothing waits for them.
+
+    ``loss`` is what was minimised, with all weights and terms.
+    """
 
     loss: Tensor
     t: Tensor
@@ -53,8 +65,14 @@ class OptimizerStep:
         draw_times: the draws that ``sample_times`` gets.
         guidance: value of the guidance embedding during training.
         seed: the run's seed; the noise depends on it and on each batch's index only.
-        loss_weight: weighs each sample's loss; None weighs all alike.
-        no_sync: gives the context for all batches but the last (DDP).
+        loss_weight: weighs each sample's loss by its time; None weighs all alike.
+        no_sync: gives the context for all gradients but the last (DDP).
+        objective: what the batches are trained towards.
+        without_adapters: `LoRANetwork.disabled`; needed for what the objective compares with the
+            model as it was.
+
+    ``statistics`` are the losses of all steps before weights, those of regularization images left
+    out; each process has its own.
     """
 
     model: nn.Module
@@ -68,6 +86,12 @@ class OptimizerStep:
     seed: int
     loss_weight: LossWeight | None = None
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+    objective: Objective = PLAIN
+    without_adapters: WithoutAdapters | None = None
+    statistics: TimeStatistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.statistics = TimeStatistics(self.parameters[0].device)
 
     def __call__(self, batches: Sequence[tuple[int, Batch]]) -> StepResult:
         """Accumulate the gradient over (index, batch) pairs and update once."""
@@ -84,69 +108,58 @@ class OptimizerStep:
         times: list[Tensor] = []
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in batches:
+            given = self._add_noise(index, batch)
             last = len(losses) == num_batches - 1
-            with nullcontext() if last else self.no_sync():
-                loss, t_B = self._loss(index, batch)
-                self.scaler.scale(loss / num_batches).backward()
-            losses.append(loss.detach())
-            times.append(t_B.mean())
+            losses.append(self._add_gradient(given, num_batches, last=last))
+            times.append(given.t_B.mean())
         assert len(losses) == num_batches
         return StepResult(torch.stack(losses).mean(), torch.stack(times).mean())
 
-    def update(self) -> None:
-        """Clip the gradient and change the parameters."""
+    def update(self) -> Tensor:
+        """Clip the gradient and change the parameters; gives the gradient's norm before clipping.
+
+        The norm is infinite or NaN if the step overflowed in float16 and was left out.
+        """
+        self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        else:
+            gradients = [each.grad for each in self.parameters if each.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return norm
 
-    def _loss(self, index: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _add_noise(self, index: int, batch: Batch) -> NoisyBatch:
         latents = batch["latents"]
         draws_B = self.draw_times(index, latents.shape[0])
         t_B = self.sample_times(draws_B, *latents.shape[-2:])
-        t_B = t_B.to(latents.device, non_blocking=True)  # else the CPU waits for the GPU here
-        generator = seeds.generator(self.seed, "noise", index, latents.device)
-        loss = flow_loss(
-            self.model,
+        return add_noise(
             batch,
-            t_B,
+            t_B.to(latents.device, non_blocking=True),  # else the CPU waits for the GPU here
             guidance=self.guidance,
-            generator=generator,
-            weight=self.loss_weight,
+            generator=seeds.generator(self.seed, "noise", index, latents.device),
+            noise_offset=self.objective.noise_offset,
         )
-        return loss, t_B
 
+    def _add_gradient(self, given: NoisyBatch, num_batches: int, *, last: bool) -> Tensor:
+        """Add a batch's share to the gradient; gives its loss.
 
-def flow_loss(
-    model: nn.Module,
-    batch: Batch,
-    t_B: Tensor,
-    *,
-    guidance: float,
-    generator: torch.Generator,
-    weight: LossWeight | None = None,
-) -> Tensor:
-    """Mean squared error of the predicted velocity at the given times, in float32.
-
-    Args:
-        model: a `VelocityModel` or its DDP wrapper.
-        batch: "latents" [B, C, T, H, W] and the architecture's conditions.
-        t_B: flow times in [0, 1].
-        guidance: value of the guidance embedding.
-        generator: draws the noise; on the device of the latents.
-        weight: gives each sample's weight from its time; None weighs all alike.
-    """
-    latents = batch["latents"].float()
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-    conditions = {name: tensor for name, tensor in batch.items() if name != "latents"}
-    conditions["guidance"] = torch.full_like(t_B, guidance)
-    velocity = model(flow.noisy_latents(latents, noise, t_B), t_B, conditions)
-    target = flow.velocity_target(latents, noise)
-    if weight is None:
-        return F.mse_loss(velocity.float(), target)
-    errors = F.mse_loss(velocity.float(), target, reduction="none")
-    return (errors.flatten(1).mean(1) * weight(t_B)).mean()
+        Each of its terms is differentiated by itself, which needs the memory of one.
+        """
+        has_class = given.class_conditions is not None
+        with nullcontext() if last and not has_class else self.no_sync():
+            loss_B = sample_losses(self.model, given, self.objective, self.without_adapters)
+            loss = weighted_mean(loss_B, given, self.objective, self.loss_weight)
+            self.scaler.scale(loss / num_batches).backward()
+        if not given.is_regularization:
+            self.statistics.add(given.t_B, loss_B.detach())
+        if not has_class:
+            return loss.detach()
+        with nullcontext() if last else self.no_sync():
+            kept = preservation_loss(self.model, given, self.objective, self.without_adapters)
+            self.scaler.scale(kept / num_batches).backward()
+        return loss.detach() + kept.detach()
 
 
 @torch.no_grad()
@@ -157,13 +170,18 @@ def held_out_loss(
     times: Sequence[float],
     guidance: float,
     seed: int,
+    objective: Objective = PLAIN,
 ) -> float:
-    """Mean flow loss over all batches at fixed times and noise, comparable between models."""
+    """Mean flow loss over all batches at fixed times and noise, comparable between models.
+
+    Of the objective, the measure and the weight of what is masked out are used.
+    """
     losses: list[Tensor] = []
     for index, batch in enumerate(batches):
         latents = batch["latents"]
         for t in times:
             generator = seeds.generator(seed, f"held-out {t}", index, latents.device)
             t_B = torch.full((latents.shape[0],), t, device=latents.device)
-            losses.append(flow_loss(model, batch, t_B, guidance=guidance, generator=generator))
+            given = add_noise(batch, t_B, guidance=guidance, generator=generator)
+            losses.append(sample_losses(model, given, objective).mean())
     return torch.stack(losses).mean().item()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import EngineError
 from ..events import Progress, Reporter
-from ..loss_history import LossHistory, Step
+from ..loss_history import Smoothed, Step
 from .step import StepResult
+
+# (step, smoothed loss)
+Sink = Callable[[Step, float], None]
 
 
 class _Reading:
@@ -38,6 +41,7 @@ class _Pending:
     step: int
     epoch: int
     learning_rate: float
+    has_norm: bool
     reading: _Reading
 
 
@@ -45,14 +49,26 @@ class StepLog:
     """Reads the numbers of a step when the next one is under way; on a CPU at once.
 
     Args:
-        history: receives one line per step; None in processes that do not write.
+        observe: is told the number and loss of every step, before anything else is.
+        sinks: receive every step and the smoothed loss.
         total_steps: for the estimate of the time left.
+        smoothed: the smoothed loss so far, of a run that is continued.
     """
 
-    def __init__(self, history: LossHistory | None, report: Reporter, *, total_steps: int) -> None:
-        self._history = history
+    def __init__(
+        self,
+        observe: Callable[[int, float], None],
+        sinks: Sequence[Sink],
+        report: Reporter,
+        *,
+        total_steps: int,
+        smoothed: Smoothed,
+    ) -> None:
+        self._observe = observe
+        self._sinks = sinks
         self._report = report
         self._total_steps = total_steps
+        self._smoothed = smoothed
         self._pending: _Pending | None = None
         self._last = time.perf_counter()
         # The first step warms up caches and kernels, so it counts for no average.
@@ -66,18 +82,23 @@ class StepLog:
         epoch: int,
         learning_rate: float,
         result: StepResult,
+        *,
+        norm: Tensor | None = None,
         stop: Tensor | None = None,
     ) -> None:
         """Remember step number ``step`` (counted from 1) and report the one before.
 
-        ``stop`` is above 0 if the run was asked to stop.
+        Args:
+            norm: of the gradient.
+            stop: above 0 if the run was asked to stop.
 
         Raises:
-            EngineError: the loss of the reported step is NaN or infinite.
+            Diverged: by ``observe``, for the reported step.
         """
         self.flush()
-        reading = _Reading(result.loss, result.t, *([] if stop is None else [stop]))
-        self._pending = _Pending(step, epoch, learning_rate, reading)
+        extra = [value for value in (norm, stop) if value is not None]
+        reading = _Reading(result.loss, result.t, *(value.to(result.loss) for value in extra))
+        self._pending = _Pending(step, epoch, learning_rate, norm is not None, reading)
         if reading.is_ready:
             self.flush()
 
@@ -85,37 +106,49 @@ class StepLog:
         """Report the step that is still pending, and set ``stop_requested`` as of then.
 
         Raises:
-            EngineError: its loss is NaN or infinite.
+            Diverged: by ``observe``.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, t, *stop = pending.reading.values()
+        loss, t, *more = pending.reading.values()
+        norm = more.pop(0) if pending.has_norm else None
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self.stop_requested = any(stop)
-        if not math.isfinite(loss):
-            raise EngineError(
-                f"the loss became {loss} at step {pending.step}; what was saved before is "
-                "untouched, start again with a lower learning_rate"
-            )
-        if self._history:
-            self._history.append(
-                Step(pending.step, pending.epoch, loss, pending.learning_rate, t, seconds)
-            )
+        self.stop_requested = any(more)
+        self._observe(pending.step, loss)
+        smoothed = self._smoothed.add(loss)
+        step = Step(pending.step, pending.epoch, loss, pending.learning_rate, t, seconds, norm)
+        for sink in self._sinks:
+            sink(step, smoothed)
+        self._report(self._progress(step))
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """What is done in this block counts as part of no step.
+
+        Raises:
+            Diverged: by ``observe``, for the step before.
+        """
+        self.flush()
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - begun
+
+    def _progress(self, step: Step) -> Progress:
         self._timed_steps += 1
         mean_seconds = None
         if self._timed_steps:
-            self._timed_seconds += seconds
+            self._timed_seconds += step.seconds
             mean_seconds = self._timed_seconds / self._timed_steps
-        left = self._total_steps - pending.step
-        self._report(
-            Progress(
-                "train",
-                pending.step,
-                self._total_steps,
-                loss=loss,
-                step_seconds=mean_seconds,
-                eta_seconds=None if mean_seconds is None else mean_seconds * left,
-            )
+        left = self._total_steps - step.step
+        return Progress(
+            "train",
+            step.step,
+            self._total_steps,
+            loss=step.loss,
+            step_seconds=mean_seconds,
+            eta_seconds=None if mean_seconds is None else mean_seconds * left,
         )

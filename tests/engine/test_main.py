@@ -11,7 +11,7 @@ from pack.engine.config import Config
 from pack.engine.config_file import load_config
 from pack.engine.errors import CheckpointError, ConfigError, DataError, EngineError
 from pack.engine.events import Progress, Reporter
-from pack.engine.jobs import cache
+from pack.engine.jobs import encode
 from pack.engine.options import reference
 from pack.engine.signals import Stopped
 
@@ -143,7 +143,7 @@ def test_an_end_in_the_middle_of_a_job_has_its_code_and_a_line_of_its_own(
         report(Progress("train", 1, 4))
         raise error
 
-    monkeypatch.setattr(cache, "run", run)
+    monkeypatch.setattr(encode, "run", run)
     assert main(["cache"]) == code
     output, errors = capsys.readouterr()
     assert output == ""
@@ -155,7 +155,7 @@ def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     def run(config: Config, report: Reporter) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cache, "run", run)
+    monkeypatch.setattr(encode, "run", run)
     with pytest.raises(ValueError, match="a bug"):
         main(["cache"])
 
@@ -166,7 +166,7 @@ def test_events_are_lines_for_programs_if_asked_for(
     def run(config: Config, report: Reporter) -> None:
         report(Progress("train", 1, 4))
 
-    monkeypatch.setattr(cache, "run", run)
+    monkeypatch.setattr(encode, "run", run)
     assert main(["cache", "--events", "json"]) == 0
     output, errors = capsys.readouterr()
     assert output.startswith('{"event": "progress", "task": "train", "done": 1')

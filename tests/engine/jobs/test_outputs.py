@@ -32,12 +32,18 @@ def fill(path: Path) -> Path:
 
 def test_all_files_of_a_run_begin_with_its_name(tmp_path: Path) -> None:
     files = RunFiles(tmp_path, "a.b")
-    paths = [files.lora, files.state, files.recipe, files.history]
+    paths = [files.lora, files.state, files.recipe, files.history, files.validation]
+    paths += [files.loss_by_time, files.best, files.control, files.status]
     assert [path.name for path in (*paths, files.lora_at_step(20), files.lora_at_epoch(3))] == [
         "a.b.safetensors",
         "a.b.state",
         "a.b.toml",
         "a.b.loss_history.jsonl",
+        "a.b.validation.jsonl",
+        "a.b.loss_by_time.json",
+        "a.b-best.safetensors",
+        "a.b.control",
+        "a.b.status.json",
         "a.b-step00000020.safetensors",
         "a.b-000003.safetensors",
     ]
@@ -122,10 +128,25 @@ def test_a_state_of_another_run_lets_nothing_be_replaced(tmp_path: Path) -> None
     assert find_start(settings(tmp_path, resume=itself)) == (files, files.state)
 
 
+def test_numbered_files_are_told_by_step_and_epoch(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path, "a.b")
+    step, epoch = fill(files.lora_at_step(20)), fill(files.lora_at_epoch(3))
+    state = fill(files.lora_at_step(20).with_suffix(".state"))
+    for name in ("a.b-best.safetensors", "a.b-step20.safetensors", "a.b.c-000001.safetensors"):
+        fill(tmp_path / name)
+    assert files.numbered(".safetensors") == {step: ("step", 20), epoch: ("epoch", 3)}
+    assert files.numbered(".state") == {state: ("step", 20)}
+    assert files.is_own_state(state) and not files.is_own_state(files.state)
+    assert files.is_own_state(fill(files.state)) and not files.is_own_state(
+        fill(tmp_path / "c.state")
+    )
+
+
 def test_only_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     files = RunFiles(tmp_path, "a.b")
-    written = [files.lora, files.state, files.recipe, files.history]
-    written += [files.lora_at_step(1), files.lora_at_epoch(1)]
+    written = [files.lora, files.state, files.recipe, files.history, files.validation]
+    written += [files.loss_by_time, files.best, files.lora_at_step(1), files.lora_at_epoch(1)]
+    written += [files.lora_at_step(1).with_suffix(".state")]
     left = [fill(path.with_name(f".{path.name}.123.tmp")) for path in written]
     kept = [fill(path) for path in written]
     for name in (".a.safetensors.1.tmp", ".a.b2.toml.1.tmp", ".a.b.safetensors.x.tmp", ".axb.toml"):

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from pack.engine import flow, optimizers, seeds
-from pack.engine.jobs.step import OptimizerStep, flow_loss, held_out_loss
+from pack.engine.jobs.step import OptimizerStep, held_out_loss
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import functional as F  # noqa: N812
 
 SEED = 3
 Batch = dict[str, Tensor]
@@ -63,6 +62,11 @@ def make_step(**changes: Any) -> OptimizerStep:
         "seed": SEED,
     }
     return OptimizerStep(**settings | changes)
+
+
+def our_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    group = optimizers.ParameterGroup("lora", parameters)
+    return optimizers.create("AdamW", [group], lr=0.1, arguments={}, allowed=())
 
 
 def gradient(step: OptimizerStep) -> Tensor:
@@ -134,6 +138,37 @@ def test_a_gradient_longer_than_the_limit_is_scaled_down_to_it(share: float) -> 
     torch.testing.assert_close(before - values(clipped), change * min(1.0, share))
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3, 1e3])
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_the_norm_of_the_gradient_is_that_before_clipping(
+    max_grad_norm: float, scale: float
+) -> None:
+    scaler = GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    step = make_step(max_grad_norm=max_grad_norm, scaler=scaler)
+    step.accumulate([make_batch(0)], 1)
+    expected = gradient(step).double().norm() / scale
+    torch.testing.assert_close(step.update().double(), expected, rtol=1e-6, atol=0)
+
+
+def test_the_statistics_are_the_losses_at_their_times() -> None:
+    batches = [make_batch(index, size=3) for index in range(20)]
+    step = make_step(loss_weight=lambda t_B: t_B * 100)
+    step.accumulate(batches, 20)
+    sums, counts = [0.0] * 20, [0] * 20
+    model = Velocity()
+    for index, batch in batches:
+        t_B, noise = documented_draws(index, batch["latents"])
+        noisy = flow.noisy_latents(batch["latents"], noise, t_B)
+        conditions = {"text_embeds": batch["text_embeds"], "guidance": torch.full((3,), 1.5)}
+        with torch.no_grad():
+            errors = (model(noisy, t_B, conditions) - (noise - batch["latents"])).square()
+        for t, error in zip(t_B.tolist(), errors, strict=True):
+            sums[int(t * 20)] += error.mean().item()
+            counts[int(t * 20)] += 1
+    assert step.statistics.count.tolist() == counts
+    assert step.statistics.loss_sum.tolist() == pytest.approx(sums, rel=1e-5)
+
+
 def test_a_scaled_loss_gives_the_same_step() -> None:
     # Scaling by a power of two is exact.
     scaled = make_step(scaler=GradScaler("cpu", init_scale=2.0**10), max_grad_norm=0.1)
@@ -160,7 +195,7 @@ def test_our_own_adamw_leaves_an_overflow_out_too() -> None:
     step = make_step(
         model=model,
         parameters=parameters,
-        optimizer=optimizers.create("AdamW", parameters, lr=0.1, arguments={}),
+        optimizer=our_adamw(parameters),
         scaler=GradScaler("cpu", init_scale=2.0**127),
         max_grad_norm=1.0,
     )
@@ -220,45 +255,6 @@ def test_processes_exchange_gradients_with_the_last_batch_only() -> None:
     assert inside == [True, False] * 2
 
 
-class Perfect(nn.Module):
-    """Knows the clean latents, so it knows the velocity: noise - latents."""
-
-    def __init__(self, latents: Tensor) -> None:
-        super().__init__()
-        self.latents = latents
-
-    def forward(self, noisy: Tensor, t_B: Tensor, conditions: Batch) -> Tensor:
-        return (noisy - self.latents) / t_B[:, None, None, None, None]
-
-
-def test_the_true_velocity_has_no_loss() -> None:
-    _, batch = make_batch(0)
-    t_B = torch.tensor([0.3, 0.9])
-    for factor, expected in ((1.0, 0.0), (0.5, None)):
-        model = Perfect(batch["latents"] * factor)
-        generator = torch.Generator().manual_seed(1)
-        loss = flow_loss(model, batch, t_B, guidance=1.0, generator=generator).item()
-        if expected is None:
-            # It errs by half the latents over t.
-            error = 0.5 * batch["latents"] / t_B[:, None, None, None, None]
-            expected = error.square().mean().item()
-        assert loss == pytest.approx(expected, rel=1e-4, abs=1e-10)
-
-
-def test_the_loss_of_a_model_in_half_precision_is_float32() -> None:
-    class Zero(nn.Module):
-        def forward(self, noisy: Tensor, t_B: Tensor, conditions: Batch) -> Tensor:
-            return torch.zeros_like(noisy, dtype=torch.float16)
-
-    _, batch = make_batch(0)
-    latents = batch["latents"] * 1000  # whose square is more than float16 holds
-    generator = torch.Generator().manual_seed(1)
-    loss = flow_loss(Zero(), {"latents": latents}, torch.rand(2), guidance=1.0, generator=generator)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.mse_loss(torch.zeros(()).expand_as(noise), noise - latents))
-
-
 def test_the_held_out_loss_is_the_mean_at_fixed_times() -> None:
     batches = [make_batch(index)[1] for index in range(2)]
     model = Velocity()
@@ -278,7 +274,7 @@ def test_a_step_never_waits_for_the_gpu() -> None:
     step = make_step(
         model=model,
         parameters=parameters,
-        optimizer=optimizers.create("AdamW", parameters, lr=0.1, arguments={}),
+        optimizer=our_adamw(parameters),
         scaler=GradScaler("cuda", enabled=False),
         max_grad_norm=1.0,
     )
@@ -290,32 +286,3 @@ def test_a_step_never_waits_for_the_gpu() -> None:
         step([(1, on_gpu), (2, on_gpu)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_each_sample_is_weighed_by_its_own_time() -> None:
-    """The mean over samples of weight times mean squared error, also for images (T = 1)."""
-    model = Velocity()
-    _, inputs = make_batch(0, 3)
-    t_B = torch.tensor([0.2, 0.5, 0.9])
-
-    def loss(weight: Any, chosen: slice = slice(None)) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        noise = torch.randn(inputs["latents"].shape, generator=generator)[chosen]
-        t = t_B[chosen]
-        latents = inputs["latents"][chosen]
-        given = {"text_embeds": inputs["text_embeds"][chosen], "guidance": torch.full_like(t, 1.5)}
-        with torch.no_grad():
-            velocity = model(flow.noisy_latents(latents, noise, t), t, given)
-        return ((velocity - (noise - latents)) ** 2).mean()
-
-    each = [loss(None, slice(index, index + 1)) for index in range(3)]
-    expected = sum(error / t**2 for error, t in zip(each, t_B, strict=True)) / 3
-    weighed = flow_loss(
-        model,
-        inputs,
-        t_B,
-        guidance=1.5,
-        generator=torch.Generator().manual_seed(3),
-        weight=lambda t: t**-2,
-    )
-    torch.testing.assert_close(weighed.detach(), expected)

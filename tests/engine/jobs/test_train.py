@@ -57,6 +57,12 @@ def history(folder: Path) -> list[Step]:
     return read_history(RunFiles(folder, "tiny").history)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the one that says what the last process did."""
+    status = RunFiles(folder, "tiny").status
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path != status}
+
+
 def curve(folder: Path) -> list[tuple[int, int, float, float, float]]:
     """All of the history but the times."""
     return [(s.step, s.epoch, s.loss, s.learning_rate, s.t) for s in history(folder)]
@@ -76,9 +82,11 @@ def test_a_run_leaves_lora_recipe_state_and_history(
     events = run(training, output_dir=tmp_path, max_train_steps=2)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny.loss_by_time.json",
         "tiny.loss_history.jsonl",
         "tiny.safetensors",
         "tiny.state",
+        "tiny.status.json",
         "tiny.toml",
     ]
     assert [event for event in events if isinstance(event, Saved)] == [
@@ -191,7 +199,8 @@ def test_every_precision_trains_float32_adapters(
     run(training, output_dir=tmp_path / "exact", max_train_steps=2)
 
     state = load_file(tmp_path / "tiny.state")
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    trained = {name: tensor for name, tensor in state.items() if not name.startswith("extra.")}
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert all(tensor.any() for name, tensor in state.items() if name.endswith(".B"))
     # bfloat16 has 8 bits, and about thirty layers round to them one after the other.
     losses = [step.loss for step in history(tmp_path)]
@@ -276,7 +285,7 @@ def test_a_state_that_is_named_starts_another_run_from_there(
 
 def test_resuming_a_finished_run_returns_at_once(training: dict[str, Any], tmp_path: Path) -> None:
     run(training, output_dir=tmp_path, max_train_steps=2)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
 
     # That the model is not even opened shows that this costs next to nothing.
     nowhere = tmp_path / "nowhere.safetensors"
@@ -284,7 +293,7 @@ def test_resuming_a_finished_run_returns_at_once(training: dict[str, Any], tmp_p
     events = run(again, output_dir=tmp_path, max_train_steps=2, resume=True)
     assert events[-1] == Finished("train")
     assert any("is finished: 2 of 2 steps" in e.text for e in events if isinstance(e, Message))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_a_finished_run_whose_lora_is_missing_or_older_writes_it(
@@ -304,7 +313,7 @@ def test_a_run_is_not_continued_with_other_settings(
     training: dict[str, Any], tmp_path: Path
 ) -> None:
     run(training, output_dir=tmp_path, max_train_steps=1)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ConfigError) as caught:
         run(
             training,
@@ -316,7 +325,7 @@ def test_a_run_is_not_continued_with_other_settings(
         )
     assert "learning_rate (was 0.01, now 0.001)" in str(caught.value)
     assert "network_dim (was 4, now 8)" in str(caught.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_changed_data_are_warned_of(training: dict[str, Any], tmp_path: Path) -> None:
@@ -333,10 +342,10 @@ def test_nothing_is_overwritten_unless_that_is_wanted(
     training: dict[str, Any], tmp_path: Path
 ) -> None:
     run(training, output_dir=tmp_path, max_train_steps=3)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ConfigError, match="already holds tiny.safetensors"):
         run(training, output_dir=tmp_path, max_train_steps=2)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
     run(training, output_dir=tmp_path, max_train_steps=2, overwrite=True)
     assert [step.step for step in history(tmp_path)] == [1, 2]
@@ -417,7 +426,7 @@ def test_a_signal_in_a_library_that_catches_errors_stops_the_run(
     monkeypatch.setattr(FluxKontext, "predict_velocity", swallow)
     with pytest.raises(Stopped, match="stopped after step 0 of 2; there was nothing to save"):
         run(training, output_dir=tmp_path, max_train_steps=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.loss_history.jsonl"]
+    assert list(contents(tmp_path)) == ["tiny.loss_history.jsonl"]
 
 
 @pytest.mark.timeout(60)
@@ -501,7 +510,7 @@ def test_a_range_without_times_is_told_before_anything_is_loaded(
         ConfigError, match="sigmoid has no times between 0.9 and 1; widen the range"
     ):
         run(training | narrow, preserve_distribution_shape=True, output_dir=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not contents(tmp_path)
 
 
 def test_the_rate_of_every_step_follows_the_schedule(

@@ -1,0 +1,153 @@
+"""The model with its LoRA and everything an optimizer step needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from .. import flow, hardware, lora, optimizers, plugins, seeds
+from ..architectures.base import Architecture
+from ..config import Config
+from ..dataset import CachedItem
+from ..errors import ConfigError
+from . import tracking
+from .objective import objective_of
+from .plan import Plan, TimeDraws, schedule_settings
+from .step import OptimizerStep, VelocityModel
+from .times import sample_times
+
+
+@dataclass(frozen=True)
+class Built:
+    """``model`` is what ``take_step`` trains, without DDP's wrapper.
+
+    ``shapes`` are (out, in) of every layer of its transformer that a LoRA may name.
+    """
+
+    take_step: OptimizerStep
+    network: lora.LoRANetwork
+    shapes: dict[str, tuple[int, int]]
+    model: VelocityModel
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.model.transformer
+
+
+def accelerator_for(config: Config) -> Any:
+    """What knows the processes of ``accelerate launch``, if there are several."""
+    from accelerate import Accelerator
+    from accelerate.utils.dataclasses import InitProcessGroupKwargs
+
+    device = hardware.find_device(config.runtime.device)
+    # Number types are ours (the model is loaded in its training type), so autocast stays off.
+    # The others wait while the main process draws and measures.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    cpu = device.type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience])
+
+
+def device_of(config: Config, accelerator: Any) -> torch.device:
+    """Where this process trains."""
+    if accelerator.num_processes > 1:
+        return accelerator.device
+    return hardware.find_device(config.runtime.device)
+
+
+def check(config: Config) -> None:
+    """Whether optimizer and compiler are there, before anything is loaded.
+
+    Raises:
+        ConfigError: they are not, or do not take the arguments.
+    """
+    allowed = plugins.allowed_packages(os.environ)
+    optimizer, validation = config.optimizer, config.validation
+    device = hardware.find_device(config.runtime.device)
+    optimizers.check(optimizer.optimizer_type, optimizer.arguments, allowed, device=device)
+    tracking.check(config)
+    wanted = [
+        name
+        for name in ("validate_every_n_steps", "early_stop_patience", "keep_best")
+        if config.value(name)
+    ]
+    if wanted and not (validation.validation_directory or validation.validation_split):
+        raise ConfigError(
+            f"{wanted[0]} needs images to measure; give validation_directory or validation_split"
+        )
+
+
+def build(
+    config: Config,
+    architecture: Architecture,
+    accelerator: Any,
+    items: Sequence[CachedItem],
+    plan: Plan,
+) -> Built:
+    """Load the model and put a new LoRA and optimizer on it."""
+    assert config.model.dit is not None
+    device = device_of(config, accelerator)
+    precision = config.training.mixed_precision
+    transformer = architecture.load_transformer(
+        config.model.dit, dtype=hardware.DTYPES[precision], device=device
+    )
+    shapes = lora.linear_shapes(transformer, architecture.published_linears(transformer))
+    network = lora.inject(
+        transformer,
+        architecture.lora_targets(transformer),
+        rank=config.network.network_dim,
+        alpha=config.network.alpha,
+        generator=seeds.generator(config.runtime.seed, "lora"),
+    )
+    if config.training.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    model = wrapped = VelocityModel(architecture, transformer.train())
+    if accelerator.num_processes > 1:
+        wrapped = accelerator.prepare_model(model, device_placement=False)
+    parameters = list(network.parameters())
+    take_step = OptimizerStep(
+        model=wrapped,
+        parameters=parameters,
+        optimizer=_optimizer(config, parameters, plan),
+        scaler=GradScaler(device.type, enabled=precision == "fp16"),
+        draw_times=TimeDraws(config, items, plan),
+        sample_times=sample_times(config.timesteps, architecture),
+        loss_weight=flow.LOSS_WEIGHTS.get(config.timesteps.weighting_scheme),
+        guidance=config.timesteps.guidance_scale,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        seed=config.runtime.seed,
+        no_sync=lambda: accelerator.no_sync(wrapped),
+        objective=objective_of(config.loss),
+        without_adapters=network.disabled,
+    )
+    return Built(take_step, network, shapes, model)
+
+
+def remarks(config: Config, built: Built, plan: Plan) -> list[str]:
+    """Sentences on settings that do not apply, or make little sense together."""
+    settings = config.optimizer
+    return optimizers.remarks(
+        built.take_step.optimizer,
+        lr_scheduler=settings.lr_scheduler_type or settings.lr_scheduler,
+        warmup_steps=schedule_settings(settings, plan.total_steps).warmup_steps,
+    )
+
+
+def _optimizer(
+    config: Config, parameters: Sequence[nn.Parameter], plan: Plan
+) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    return optimizers.create(
+        settings.optimizer_type,
+        [optimizers.ParameterGroup("lora", parameters)],
+        lr=settings.learning_rate,
+        arguments=settings.arguments,
+        allowed=plugins.allowed_packages(os.environ),
+        warmup_steps=schedule_settings(settings, plan.total_steps).warmup_steps,
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import control
 from .config_files import ConfigFromToml, ConfigToToml
 from .dataset import CacheDataset, DatasetFromFolder
 from .demo import DemoModel, DemoTextEncode
+from .loss import Loss
+from .run_settings import Compile, Logging, SamplePrompts, Validation
 from .settings import (
     LoraSettings,
     LrScheduler,
@@ -25,7 +28,12 @@ NODES: list[type[io.ComfyNode]] = [
     OptimizerSettings,
     LrScheduler,
     TimestepSampling,
+    Loss,
     TrainingOptions,
+    Validation,
+    SamplePrompts,
+    Logging,
+    Compile,
     ConfigToToml,
     ConfigFromToml,
     DemoModel,
@@ -35,6 +43,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 class LoraLoom(ComfyExtension):
     """The pack."""
+
+    async def on_load(self) -> None:
+        control.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

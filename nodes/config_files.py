@@ -14,18 +14,22 @@ from ..engine.errors import ConfigError
 from . import paths, training
 from .sockets import (
     CATEGORY,
+    CompileType,
     DatasetType,
+    LoggingType,
     LoraType,
+    LossType,
     LrSchedulerType,
     OptimizerType,
     OptionsType,
+    SamplesType,
     TimestepsType,
     TrainingModelType,
+    ValidationType,
 )
-from .train import training_inputs
+from .train import more_training_inputs, training_inputs
 
 _MENU = f"{CATEGORY}/recipe"
-_WIDGETS = ("output_name", "max_train_steps", "learning_rate", "network_dim", "seed")
 # What each socket carries. Where files go and what happens to old ones is for the node to say.
 _PARTS: dict[str, tuple[str, ...]] = {
     "model": (*GROUPS["model"].model_fields, "mixed_precision", "gradient_checkpointing"),
@@ -34,6 +38,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "optimizer": ("optimizer_type", "optimizer_args", "max_grad_norm"),
     "lr_scheduler": (
         "lr_scheduler",
+        "lr_scheduler_type",
+        "lr_scheduler_args",
         "lr_warmup_steps",
         "lr_scheduler_min_lr_ratio",
         "lr_scheduler_num_cycles",
@@ -48,13 +54,25 @@ _PARTS: dict[str, tuple[str, ...]] = {
         "max_train_epochs",
         "gradient_accumulation_steps",
         "save_every_n_epochs",
+        "save_last_n_steps",
+        "save_last_n_epochs",
+        "save_state",
+        "save_last_n_steps_state",
+        "save_last_n_epochs_state",
         "autosave_minutes",
+        "on_divergence",
+        "divergence_factor",
         "infer_steps",
         "embedded_cfg_scale",
         "flow_shift",
         "device",
         "cpu_threads",
     ),
+    "loss": tuple(GROUPS["loss"].model_fields),
+    "validation": tuple(GROUPS["validation"].model_fields),
+    "samples": tuple(GROUPS["samples"].model_fields),
+    "logging": tuple(GROUPS["logging"].model_fields),
+    "compile": ("dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"),
 }
 
 
@@ -70,7 +88,7 @@ class ConfigToToml(io.ComfyNode):
             description="Writes a training as a TOML file that runs in the shell: "
             "python -m engine train --config_file FILE, or accelerate launch -m engine train ...",
             is_output_node=True,
-            inputs=training_inputs(),
+            inputs=[*training_inputs(), *more_training_inputs()],
             outputs=[
                 io.String.Output(display_name="toml"),
                 io.String.Output(display_name="path"),
@@ -107,29 +125,48 @@ class ConfigFromToml(io.ComfyNode):
                     "toml", default="", multiline=True, tooltip="The text of a recipe instead."
                 ),
             ],
-            outputs=[
-                TrainingModelType.Output(display_name="model"),
-                DatasetType.Output(display_name="dataset"),
-                LoraType.Output(display_name="lora"),
-                OptimizerType.Output(display_name="optimizer"),
-                LrSchedulerType.Output(display_name="lr_scheduler"),
-                TimestepsType.Output(display_name="timesteps"),
-                OptionsType.Output(display_name="options"),
-                io.String.Output(display_name="output_name"),
-                io.Int.Output(display_name="max_train_steps"),
-                io.Float.Output(display_name="learning_rate"),
-                io.Int.Output(display_name="network_dim"),
-                io.Int.Output(display_name="seed"),
-            ],
+            outputs=_outputs(),
         )
 
     @classmethod
     def execute(cls, file: str, toml: str) -> io.NodeOutput:
         config = _read(file, toml)
         paths.check_inside(config, itertools.chain(*_PARTS.values()))
-        parts = [{name: config.value(name) for name in names} for names in _PARTS.values()]
-        values = [config.value(name) for name in _WIDGETS]
-        return io.NodeOutput(*parts, values[0] or "my_lora", *values[1:])
+        return io.NodeOutput(*(_carried(config, made.display_name) for made in _outputs()))
+
+
+def _outputs() -> list[io.Output]:
+    """Sockets and values; what came later stands at the end, because saved workflows count."""
+    return [
+        TrainingModelType.Output(display_name="model"),
+        DatasetType.Output(display_name="dataset"),
+        LoraType.Output(display_name="lora"),
+        OptimizerType.Output(display_name="optimizer"),
+        LrSchedulerType.Output(display_name="lr_scheduler"),
+        TimestepsType.Output(display_name="timesteps"),
+        OptionsType.Output(display_name="options"),
+        io.String.Output(display_name="output_name"),
+        io.Int.Output(display_name="max_train_steps"),
+        io.Float.Output(display_name="learning_rate"),
+        io.Int.Output(display_name="network_dim"),
+        io.Int.Output(display_name="seed"),
+        LossType.Output(display_name="loss"),
+        ValidationType.Output(display_name="validation"),
+        SamplesType.Output(display_name="samples"),
+        LoggingType.Output(display_name="logging"),
+        CompileType.Output(display_name="compile"),
+        io.Int.Output(display_name="save_every_n_steps"),
+        io.Int.Output(display_name="preview_images"),
+    ]
+
+
+def _carried(config: Config, output: str) -> Any:
+    """The settings of a socket, or one as the widget of its name shows it."""
+    if output in _PARTS:
+        return {name: config.value(name) for name in _PARTS[output]}
+    unset = {"output_name": "my_lora", "save_every_n_steps": 0}
+    value = config.value(output)
+    return unset[output] if value is None else value
 
 
 def _read(file: str, toml: str) -> Config:

@@ -41,12 +41,21 @@ def architecture_of(vae: Any, clip: Any) -> Architecture:
             "trained; for FLUX use DualCLIPLoader with t5xxl, clip_l and type flux"
         )
     architecture = ARCHITECTURES[family]
+    check_vae(vae, architecture)
+    return architecture
+
+
+def check_vae(vae: Any, architecture: Architecture) -> None:
+    """Check that a VAE has the latents of a family.
+
+    Raises:
+        DataError: it has others.
+    """
     if vae.latent_channels != architecture.latent_channels:
         raise DataError(
-            f"vae: its latents have {vae.latent_channels} channels, those of {family} "
+            f"vae: its latents have {vae.latent_channels} channels, those of {architecture.name} "
             f"{architecture.latent_channels}; use the VAE of that family"
         )
-    return architecture
 
 
 def encoders(vae: Any, clip: Any, architecture: Architecture) -> Encoders:

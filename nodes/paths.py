@@ -5,12 +5,14 @@ A workflow comes from anywhere, so what it names is looked up below known folder
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
 
+from ..engine import prompts
 from ..engine.config import FIELDS, Config
 from ..engine.errors import ConfigError, DataError
 from ..engine.media import IMAGE_EXTENSIONS
@@ -96,6 +98,41 @@ def dataset_folder(name: str) -> Path:
     raise DataError(f"folder {name!r}: {inside[0]} does not exist; choose a folder of the list")
 
 
+def chosen_folder(name: str | None) -> Path | None:
+    """`dataset_folder`; None for what is left out, or linked and so not known yet."""
+    return dataset_folder(name) if name and name != NO_FOLDER else None
+
+
+def fingerprint(*names: str | None) -> str:
+    """Changes when a file in one of the chosen folders is added, removed or changed."""
+    digest = hashlib.sha256()
+    try:
+        for folder in map(chosen_folder, names):
+            for path in sorted(folder.iterdir()) if folder else []:
+                stat = path.stat()
+                # Of a folder in it, such as the cache, only that it is there.
+                facts = (stat.st_mtime_ns, stat.st_size) if path.is_file() else ()
+                digest.update(repr((path.name, facts)).encode())
+    except DataError as error:
+        return str(error)
+    return digest.hexdigest()
+
+
+def logs_folder(name: str) -> Path:
+    """The folder of a name, which may have folders in it, among those with logs.
+
+    Raises:
+        ConfigError: it is elsewhere.
+    """
+    root = recipes_folder() / "logs"
+    folder = root / name.strip().replace("\\", "/")
+    if not _is_inside(str(root), folder):
+        raise ConfigError(
+            f"folder {name!r}: logs are written below {root} only; give the name of a folder there"
+        )
+    return folder
+
+
 def recipe_files() -> list[str]:
     """TOML files in ComfyUI's input folder and beside the LoRAs we made."""
     found: list[str] = []
@@ -117,6 +154,11 @@ def recipe_file(name: str) -> Path:
     raise ConfigError(f"file {name!r}: there is no such recipe; choose one of the list")
 
 
+def chosen_recipe(name: str) -> Path | None:
+    """`recipe_file`; None for what is left out."""
+    return recipe_file(name) if name != NO_FOLDER else None
+
+
 def check_inside(config: Config, names: Iterable[str] = FIELDS) -> None:
     """Refuse a recipe that reads from elsewhere than ComfyUI's folders.
 
@@ -126,19 +168,40 @@ def check_inside(config: Config, names: Iterable[str] = FIELDS) -> None:
     Raises:
         ConfigError: names the setting and the path.
     """
-    roots = [*_all_roots(), str(_PACK)]
     for name in names:
         value = config.value(name)
         for path in value if isinstance(value, list) else [value]:
-            if not isinstance(path, Path):
-                continue
-            # The training process would look for "models/x" elsewhere than ComfyUI does.
-            if not path.is_absolute() or not any(_is_inside(root, path) for root in roots):
-                raise ConfigError(
-                    f"{name} = {path}: a recipe in a workflow may only name files in ComfyUI's "
-                    "model, input, output, datasets and user folders, by their full paths; move "
-                    "it there, or run the recipe from the shell"
-                )
+            if isinstance(path, Path):
+                check_path(name, path)
+        if name == "sample_lines":
+            check_prompts(name, value)
+
+
+def check_prompts(where: str, lines: list[str]) -> None:
+    """Refuse prompts that read control images from elsewhere than ComfyUI's folders.
+
+    Raises:
+        ConfigError: a line is no prompt, or names such a file.
+    """
+    for prompt in prompts.parse_lines(lines, where):
+        for path in prompt.control_images:
+            check_path(f"{prompt.where}: --ci", path)
+
+
+def check_path(where: str, path: Path) -> None:
+    """Refuse a file elsewhere than in ComfyUI's folders.
+
+    Raises:
+        ConfigError: begins with ``where`` and names the path.
+    """
+    roots = [*_all_roots(), str(_PACK)]
+    # The training process would look for "models/x" elsewhere than ComfyUI does.
+    if not path.is_absolute() or not any(_is_inside(root, path) for root in roots):
+        raise ConfigError(
+            f"{where} = {path}: a recipe in a workflow may only name files in ComfyUI's "
+            "model, input, output, datasets and user folders, by their full paths; move "
+            "it there, or run the recipe from the shell"
+        )
 
 
 def _dataset_roots() -> list[tuple[str, Path]]:

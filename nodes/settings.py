@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..engine import flow, plots, schedules, timesteps
+from ..engine import flow, plots, plugins, timesteps
 from ..engine.architectures import ARCHITECTURES
 from ..engine.config import TimestepConfig
+from ..engine.config_types import OPTIMIZERS
 from ..engine.errors import ConfigError
-from ..engine.jobs.plan import schedule_settings
-from ..engine.jobs.train import timestep_settings
+from ..engine.jobs.plan import schedule_of, schedule_settings
+from ..engine.jobs.times import timestep_settings
 from .images import to_comfy
 from .sockets import (
     CATEGORY,
@@ -27,6 +29,17 @@ from .sockets import (
 from .widgets import combine, settings, widget
 
 _DRAWS = 100_000
+_MOST_PARTS = 12  # of num_timestep_buckets that are drawn
+# Widgets that Training Options has after those which saved prompts name.
+_LATER_OPTIONS = (
+    "save_last_n_steps",
+    "save_last_n_epochs",
+    "save_state",
+    "save_last_n_steps_state",
+    "save_last_n_epochs_state",
+    "on_divergence",
+    "divergence_factor",
+)
 _MENU = f"{CATEGORY}/settings"
 
 
@@ -60,20 +73,31 @@ class OptimizerSettings(io.ComfyNode):
             category=_MENU,
             description="The optimizer and its arguments; the learning rate is set on Train LoRA.",
             inputs=[
-                widget("optimizer_type"),
+                widget("optimizer_type", options=list(OPTIMIZERS), tooltip="Which optimizer."),
                 widget(
                     "optimizer_args",
                     tooltip="More arguments, one key=value a line: weight_decay, betas, eps.",
                     placeholder="weight_decay=0.01",
                 ),
                 widget("max_grad_norm"),
+                io.String.Input(
+                    "other_optimizer",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="package.Class of another optimizer, used instead of optimizer_type. "
+                    "The package must be one that your settings file allows.",
+                ),
             ],
             outputs=[OptimizerType.Output(display_name="optimizer")],
         )
 
     @classmethod
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
-        return io.NodeOutput(settings("Optimizer", widgets))
+    def execute(
+        cls, optimizer_type: str, other_optimizer: str = "", **widgets: Any
+    ) -> io.NodeOutput:
+        chosen = {"optimizer_type": other_optimizer.strip() or optimizer_type}
+        return io.NodeOutput(settings("Optimizer", chosen | widgets))
 
 
 class LrScheduler(io.ComfyNode):
@@ -106,6 +130,14 @@ class LrScheduler(io.ComfyNode):
                 widget("lr_scheduler_timescale", advanced=True),
                 widget("rex_alpha", advanced=True, min=0.01),
                 widget("rex_beta", advanced=True),
+                widget(
+                    "lr_scheduler_args",
+                    optional=True,
+                    tooltip="More arguments of the schedule, one key=value a line; they win over "
+                    "the inputs above.",
+                    placeholder="step_rules='1:100,0.1'",
+                ),
+                widget("lr_scheduler_type", optional=True, advanced=True),
             ],
             outputs=[
                 LrSchedulerType.Output(display_name="lr scheduler"),
@@ -116,12 +148,12 @@ class LrScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, max_train_steps: int, **widgets: Any) -> io.NodeOutput:
         values = settings("LR Scheduler", widgets)
-        config = combine(values, where="LR Scheduler")
-        name = config.optimizer.lr_scheduler
-        schedule = schedule_settings(config.optimizer, max_train_steps)
-        steps = range(max_train_steps)
-        curve = [schedules.multiplier(name, step, schedule) for step in steps]
-        title = f"{name}, {schedule.warmup_steps} steps of warm-up"
+        config = combine(values, where="LR Scheduler").optimizer
+        allowed = plugins.allowed_packages(os.environ)
+        schedule = schedule_of(config, max_train_steps, allowed=allowed)
+        curve = [schedule(step) for step in range(max_train_steps)]
+        warmup = schedule_settings(config, max_train_steps).warmup_steps
+        title = f"{config.lr_scheduler_type or config.lr_scheduler}, {warmup} steps of warm-up"
         return io.NodeOutput(values, to_comfy([plots.schedule_curve(curve, title=title)]))
 
 
@@ -190,18 +222,24 @@ def times_of(
         ConfigError: there are none in the range.
     """
     side = resolution // pixels_per_latent
-    draws = (torch.arange(_DRAWS) + 0.5) / _DRAWS
     chosen = timestep_settings(config)
+    num_parts = config.num_timestep_buckets or 1
+    parts = torch.arange(1, num_parts if num_parts <= _MOST_PARTS else 1) / num_parts
+    draws = (torch.arange(_DRAWS) + 0.5) / _DRAWS
     try:
-        times = timesteps.sample_times(name, draws, chosen, latent_size=(side, side))
+        times, edges = (
+            timesteps.sample_times(name, each, chosen, latent_size=(side, side)).tolist()
+            for each in (draws, parts)
+        )
     except ValueError as error:
         raise ConfigError(f"Timestep Sampling: {error}; widen the range") from None
     return plots.time_histogram(
-        times.tolist(),
+        times,
         title=f"{name}, pictures of {resolution}x{resolution}",
         low=chosen.low,
         high=chosen.high,
         weight=flow.LOSS_WEIGHTS.get(config.weighting_scheme),
+        edges=edges,
     )
 
 
@@ -223,9 +261,14 @@ class TrainingOptions(io.ComfyNode):
                 widget("gradient_accumulation_steps"),
                 widget("save_every_n_epochs"),
                 widget("autosave_minutes"),
-                widget("infer_steps", display_name="preview_steps", tooltip="Steps of a preview."),
+                widget(
+                    "infer_steps",
+                    display_name="preview_steps",
+                    tooltip="Sampling steps of a preview, and of a sample whose prompt says none.",
+                ),
                 widget("embedded_cfg_scale", display_name="preview_guidance"),
                 widget("cpu_threads", advanced=True),
+                *(widget(name, advanced=True, optional=True) for name in _LATER_OPTIONS),
             ],
             outputs=[OptionsType.Output(display_name="options")],
         )

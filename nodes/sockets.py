@@ -13,6 +13,11 @@ OptimizerType = io.Custom("LORALOOM_OPTIMIZER")
 LrSchedulerType = io.Custom("LORALOOM_LR_SCHEDULER")
 TimestepsType = io.Custom("LORALOOM_TIMESTEPS")
 OptionsType = io.Custom("LORALOOM_OPTIONS")
+LossType = io.Custom("LORALOOM_LOSS")
+ValidationType = io.Custom("LORALOOM_VALIDATION")
+SamplesType = io.Custom("LORALOOM_SAMPLES")
+LoggingType = io.Custom("LORALOOM_LOGGING")
+CompileType = io.Custom("LORALOOM_COMPILE")
 TextEncoderType = io.Custom("LORALOOM_TEXT_ENCODER")
 
 # ComfyUI's own; the first goes into its node Load LoRA Model, the second into Loss Graph.

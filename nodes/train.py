@@ -9,18 +9,23 @@ from comfy_api.latest import io
 from ..engine.architectures import find_architecture
 from ..engine.config import FIELDS
 from ..engine.presets import MEMORY_PRESETS
-from . import paths, training
+from . import paths, results, training
 from .sockets import (
     CATEGORY,
+    CompileType,
     DatasetType,
+    LoggingType,
     LoraModelType,
     LoraType,
     LossMapType,
+    LossType,
     LrSchedulerType,
     OptimizerType,
     OptionsType,
+    SamplesType,
     TimestepsType,
     TrainingModelType,
+    ValidationType,
 )
 from .widgets import settings, widget
 
@@ -86,7 +91,8 @@ class TrainLora(io.ComfyNode):
                     tooltip="What to do with an earlier run of the same name: continue it, or "
                     "replace it by a new one.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews."),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the previews and samples."),
+                *more_training_inputs(),
             ],
             outputs=[
                 LoraModelType.Output(display_name="lora"),
@@ -95,6 +101,8 @@ class TrainLora(io.ComfyNode):
                 io.Image.Output(display_name="loss curve"),
                 io.Image.Output(display_name="previews"),
                 io.String.Output(display_name="report"),
+                io.Image.Output(display_name="samples", is_output_list=True),
+                io.Image.Output(display_name="loss by noise level"),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -102,14 +110,15 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls, output_name: Any = None, existing_run: Any = None, **inputs: Any
-    ) -> bool:
-        return existing_run == "continue" and training.lora_exists(output_name)
+    ) -> int | None:
+        # Another one after each run that got further, so that it can be continued.
+        return training.last_change(output_name) if existing_run == "continue" else None
 
     @classmethod
     def execute(cls, existing_run: str, vae: Any = None, **inputs: Any) -> io.NodeOutput:
         config = training.config("Train LoRA", existing_run, inputs)
-        messages = training.train(config, cls.hidden.unique_id)
-        return training.results(config, vae, messages, cls)
+        messages = training.train(config, vae, cls.hidden.unique_id)
+        return results.outputs(config, vae, messages, cls)
 
 
 def training_inputs() -> list[io.Input]:
@@ -129,4 +138,15 @@ def training_inputs() -> list[io.Input]:
         LrSchedulerType.Input("lr_scheduler", optional=True),
         TimestepsType.Input("timesteps", optional=True),
         OptionsType.Input("options", optional=True),
+    ]
+
+
+def more_training_inputs() -> list[io.Input]:
+    """The rest of `training_inputs`, which came later: saved workflows count the inputs."""
+    return [
+        LossType.Input("loss", optional=True),
+        ValidationType.Input("validation", optional=True),
+        SamplesType.Input("samples", optional=True),
+        LoggingType.Input("logging", optional=True),
+        CompileType.Input("compile", optional=True),
     ]

@@ -1,36 +1,44 @@
-"""What Train LoRA does: a config from its inputs, a child process, and what came of it."""
+"""What Train LoRA does: a config from its inputs, and a child process that trains."""
 
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.utils
 from comfy.model_management import InterruptProcessingException
-from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..engine import launch, media, plots
+from ..engine import launch
 from ..engine.architectures import find_architecture
 from ..engine.atomic_file import write_text
 from ..engine.config import Config
 from ..engine.config_file import to_toml
 from ..engine.errors import ConfigError, EngineError
-from ..engine.jobs import previews
+from ..engine.events import Reporter
 from ..engine.jobs import train as job
 from ..engine.jobs.outputs import RunFiles, find_start
-from ..engine.loss_history import Step, read_history
-from . import native, paths
-from .images import to_comfy
-from .progress import NodeProgress, check_cancelled, free_memory
+from . import control, native, paths
+from .live_samples import LiveSamples
+from .progress import NodeProgress, free_memory
 from .widgets import combine, settings
 
 logger = logging.getLogger(__name__)
 
 # Inputs that carry settings; later ones win, the widgets over all.
-SOCKETS = ("model", "dataset", "lora", "optimizer", "lr_scheduler", "timesteps", "options")
+SOCKETS = (
+    "model",
+    "dataset",
+    "lora",
+    "optimizer",
+    "lr_scheduler",
+    "timesteps",
+    "options",
+    "loss",
+    "validation",
+    "samples",
+    "logging",
+    "compile",
+)
 EXISTING_RUN: dict[str, dict[str, bool]] = {
     "continue": {"resume": True, "overwrite": False},
     "replace": {"resume": False, "overwrite": True},
@@ -51,18 +59,20 @@ def config(where: str, existing_run: str, inputs: Mapping[str, Any]) -> Config:
     return combine(*parts, own, {"output_dir": paths.loras_folder()}, where=where)
 
 
-def lora_exists(output_name: Any) -> bool:
-    """Whether there is a LoRA of that name already."""
-    return (
-        isinstance(output_name, str) and RunFiles(paths.loras_folder(), output_name).lora.exists()
-    )
+def last_change(output_name: Any) -> int | None:
+    """When the LoRA of that name was written last; None if there is none."""
+    if not isinstance(output_name, str):
+        return None
+    path = RunFiles(paths.loras_folder(), output_name).lora
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
-def train(config: Config, node_id: str) -> list[str]:
+def train(config: Config, vae: Any, node_id: str) -> list[str]:
     """Run the training unless it is finished; gives what it had to say.
 
     Raises:
-        EngineError: it cannot be started or failed; what was saved is whole.
+        EngineError: it cannot be started, failed or was stopped before its first step; what was
+            saved is whole.
         InterruptProcessingException: the user cancelled; everything is saved.
     """
     with NodeProgress(node_id) as progress:
@@ -70,72 +80,50 @@ def train(config: Config, node_id: str) -> list[str]:
         config = native.on_comfyuis_device(config)
         if job.is_finished(config):
             return [f"{files.lora.name} was finished already"]
+        family = find_architecture(config.model.architecture, config.model.dit)
+        if vae is not None:
+            native.check_vae(vae, family)
         progress.text("starting the training process")
         free_memory()
-        # Not beside the LoRA: there lies the recipe of what was trained so far.
-        recipe = paths.temporary_file(f"{files.name}.toml")
-        write_text(recipe, to_toml(config))
+        shown = LiveSamples(progress, node_id, config, family, vae)
         try:
-            ended = launch.run_job(
-                "train", recipe, log=files.log, on_event=progress, poll=check_cancelled
-            )
+            told_to_stop = _run(config, files, node_id, shown)
         except InterruptProcessingException:
-            progress.message("info", "stopped", _stopped(progress))
-            logger.info("%s", _stopped(progress))
+            progress.message("info", "stopped", _stopped(config, progress))
+            logger.info("%s", _stopped(config, progress))
             raise
-        if ended.stopped:
-            raise EngineError(
-                f"something else than Cancel ended the training process. {_stopped(progress)}"
-            )
+        if told_to_stop:
+            return _stopped_early(config, files, progress)
         progress.text(f"finished: {files.lora.name}")
     return progress.messages
 
 
-def results(
-    config: Config, vae: Any, messages: list[str], node: type[io.ComfyNode]
-) -> io.NodeOutput:
-    """The outputs of a finished run, read from its files."""
-    files, _ = find_start(config)
-    steps = read_history(files.history)
-    curve = to_comfy([plots.loss_curve(steps, title=f"{files.name}: training loss")])
-    report = "\n".join([_summary(files, steps), *messages])
-    return io.NodeOutput(
-        comfy.utils.load_torch_file(str(files.lora), safe_load=True),
-        str(files.lora),
-        {"loss": [step.loss for step in steps]},
-        curve,
-        _previews(config, files, vae),
-        report,
-        ui=ui.PreviewImage(curve, cls=node).as_dict() | ui.PreviewText(report).as_dict(),
-    )
+def _run(config: Config, files: RunFiles, node_id: str, report: Reporter) -> bool:
+    """Whether the run was told to stop and to give what it has."""
+    # Not beside the LoRA: there lies the recipe of what was trained so far.
+    recipe = paths.temporary_file(f"{files.name}.toml")
+    write_text(recipe, to_toml(config))
+    with control.running(node_id, files) as run:
+        ended = launch.run_job("train", recipe, log=files.log, on_event=report, poll=run.poll)
+        if ended.stopped and not run.was_told_to_stop():
+            raise EngineError(
+                "something else than Cancel or Stop ended the training process. Everything is "
+                "saved; queue again to continue"
+            )
+    return ended.stopped
 
 
-def _stopped(progress: NodeProgress) -> str:
+def _stopped_early(config: Config, files: RunFiles, progress: NodeProgress) -> list[str]:
+    """What there is to say of a run that was told to stop and to give what it has."""
+    stopped = _stopped(config, progress)
+    if not files.lora.exists():
+        raise EngineError(f"there is no LoRA yet. {stopped}")
+    progress.message("info", "stopped", stopped)
+    return [*progress.messages, stopped]
+
+
+def _stopped(config: Config, progress: NodeProgress) -> str:
     last = progress.last
     where = f"after step {last.done} of {last.total}" if last else "before its first step"
-    return f"Stopped {where}. Everything is saved; queue again to continue."
-
-
-def _summary(files: RunFiles, steps: list[Step]) -> str:
-    last = steps[-max(1, len(steps) // 10) :]
-    loss = statistics.mean(step.loss for step in last)
-    seconds = statistics.median(step.seconds for step in steps)
-    return (
-        f"{files.lora.name}: {steps[-1].step} steps, loss {loss:.4f} at the end, "
-        f"{seconds:.3g} s a step\n{files.lora}"
-    )
-
-
-def _previews(config: Config, files: RunFiles, vae: Any) -> Any:
-    """IMAGE of the previews; without any, the nodes that wait for them are left out."""
-    raw = previews.read_latents(files) if config.output.preview_images else None
-    if raw is None:
-        return ExecutionBlocker(None)
-    if vae is not None:
-        return native.decode(vae, raw)
-    drawn = [files.preview(index) for index in range(raw.shape[0])]
-    if all(path.exists() for path in drawn):
-        return to_comfy([media.load_image(path) for path in drawn])
-    # A recipe may leave the family to be found.
-    family = find_architecture(config.model.architecture, config.model.dit)
-    return native.approximate(family.name, raw)
+    continues = "set existing_run to continue and queue" if config.output.overwrite else "queue"
+    return f"Stopped {where}. Everything is saved; {continues} again to continue."

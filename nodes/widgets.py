@@ -13,6 +13,8 @@ from ..engine.config_file import Given, base_types, build_config
 
 Settings = Mapping[str, Any]
 
+# The choice that stands for no value where a setting may have none.
+UNSET = "unset"
 # What one click changes a number by; it also decides how many digits are shown.
 _STEPS = {"learning_rate": 1e-6}
 _STEP = 0.01
@@ -23,19 +25,20 @@ _LIMITS = {"min": ("ge", "gt"), "max": ("le", "lt")}
 def widget(name: str, *, advanced: bool = False, **changes: Any) -> io.Input:
     """The widget of a setting.
 
-    Settings without a value become 0 or an empty text; a list has one entry per line.
+    Settings without a value become 0, an empty text or the choice "unset"; a list has one entry
+    per line.
 
     Args:
-        changes: what differs from the config model, such as ``default`` or ``tooltip``.
+        changes: what differs from the config model, such as ``default`` or ``tooltip``; with
+            ``options`` a text is chosen from them.
     """
     field = FIELDS[name]
     kinds = base_types(field.annotation)
     optional = type(None) in kinds
     options = {"tooltip": field.description, "advanced": advanced or None}
-    if choices := _choices(kinds):
-        return io.Combo.Input(
-            name, **{**options, "options": choices, "default": field.default} | changes
-        )
+    if choices := changes.get("options") or _choices(kinds, optional=optional):
+        default = UNSET if field.default is None else field.default
+        return io.Combo.Input(name, **{**options, "options": choices, "default": default} | changes)
     if kinds & {int, float} and bool not in kinds:
         options |= _range(field, optional=optional)
         if optional:
@@ -78,7 +81,7 @@ def _value(field: FieldInfo, value: Any) -> Any:
     kinds = base_types(field.annotation)
     if list in kinds:
         return [line.strip() for line in value.splitlines() if line.strip()]
-    if type(None) in kinds and not value:
+    if type(None) in kinds and (not value or value == UNSET and _choices(kinds, optional=True)):
         return None
     if {int, float} <= kinds and isinstance(value, float) and value >= 1 and value.is_integer():
         return int(value)
@@ -87,8 +90,9 @@ def _value(field: FieldInfo, value: Any) -> Any:
     return value
 
 
-def _choices(kinds: set[Any]) -> list[str]:
-    return [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+def _choices(kinds: set[Any], *, optional: bool) -> list[str]:
+    names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    return [UNSET, *names] if names and optional else names
 
 
 def _range(field: FieldInfo, *, optional: bool) -> dict[str, Any]:

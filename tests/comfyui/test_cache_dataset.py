@@ -231,3 +231,53 @@ def test_the_shipped_flux_workflow_runs_on_small_files(
     assert run.status == "success" and not run.node_errors, dict(run.error or {})
     assert (server.base / "output" / "loras" / "my_lora.safetensors").exists()
     assert list((server.base / "output" / "lora_loom").glob("flux_kontext_*.png"))
+
+
+def test_what_else_a_training_needs_is_encoded_and_drawn_natively(
+    server: ComfyServer, encoders: Encoders
+) -> None:
+    """Prompts, pictures to measure and captions with another word; no encoder of our own."""
+    base = server.base
+    shutil.copytree(DEMO / "dataset" / "held_out", base / "input" / "creatures")
+    shutil.copytree(DEMO / "dataset" / "held_out", base / "input" / "held out")
+    shutil.rmtree(base / "input" / "held out" / ".loom_cache", ignore_errors=True)
+    loss = {"loss_type": "mse", "huber_c": 0.1, "noise_offset": 0.0, "unmasked_weight": 0.0}
+    loss |= {"prior_loss_weight": 1.0, "trigger_word": "loomling", "preservation_class": "shape"}
+    loss |= {"preservation_weight": 1.0, "regularization_target": "image"}
+    training = graph(encoders) | {
+        "data": graphs.dataset("input/creatures"),
+        "loss": graphs.node("LoraLoom_Loss", **loss),
+        "validation": graphs.node(
+            "LoraLoom_Validation",
+            validation_folder="input/held out",
+            validation_split=0.0,
+            validate_every_n_steps=1,
+            early_stop_patience=0,
+            keep_best=False,
+            validation_times=1,
+        ),
+        "samples": graphs.node(
+            "LoraLoom_SamplePrompts",
+            sample_lines=f"{graphs.CAPTION} --s 2",
+            sample_every_n_steps=2,
+            sample_every_n_epochs=0,
+            sample_at_first=False,
+        ),
+        "model": graphs.training_model("kontext.safetensors"),
+        "train": graphs.demo(output_name="native", max_train_steps=2)["train"],
+    }
+    further = {name: [name, 0] for name in ("loss", "validation", "samples")}
+    training["cached"]["inputs"] |= further
+    training["train"]["inputs"] |= further | {
+        "model": ["model", 0],
+        "dataset": ["cached", 0],
+        "vae": ["demo", 1],
+    }
+    training["seen"] = graphs.node("SaveImage", images=["train", 6], filename_prefix="native")
+    run = server.run(training)
+    assert run.status == "success", dict(run.error or {})
+    [seen] = run.outputs["seen"]["images"]
+    with Image.open(base / "output" / seen["filename"]) as image:
+        assert image.size == (64, 64)
+    # Decoded by ComfyUI's VAE while the training went on.
+    assert (base / "output" / "loras" / "samples" / "native-step00000002-00.png").exists()

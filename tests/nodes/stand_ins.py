@@ -53,6 +53,13 @@ class NodeOutput:
         self.ui = ui
 
 
+class ExecutionBlocker:
+    """An output after which no node is executed."""
+
+    def __init__(self, message: str | None) -> None:
+        self.message = message
+
+
 class FolderPaths(types.ModuleType):
     """``folder_paths`` of a ComfyUI that lives in ``base``."""
 
@@ -125,7 +132,7 @@ def modules() -> dict[str, types.ModuleType]:
         "comfy_api": {},
         "comfy_api.latest": {"io": io, "ui": ui},
         "comfy_execution": {},
-        "comfy_execution.graph_utils": {"ExecutionBlocker": types.SimpleNamespace},
+        "comfy_execution.graph_utils": {"ExecutionBlocker": ExecutionBlocker},
         "server": {"PromptServer": types.SimpleNamespace(instance=None)},
     }
     made: dict[str, types.ModuleType] = {"folder_paths": FolderPaths()}
@@ -143,8 +150,10 @@ def _type(kind: str, takes: set[str]) -> types.SimpleNamespace:
         assert options.keys() <= _ALL | takes, f"{kind}.Input takes no {options.keys() - takes}"
         return Input(kind, id, options)
 
-    def make_output(display_name: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(kind=kind, display_name=display_name)
+    def make_output(display_name: str, is_output_list: bool = False) -> types.SimpleNamespace:
+        return types.SimpleNamespace(
+            kind=kind, display_name=display_name, is_output_list=is_output_list
+        )
 
     return types.SimpleNamespace(Input=make_input, Output=make_output)
 

@@ -63,6 +63,43 @@ def test_control_pictures_are_found_by_their_names(
     assert report.startswith("3 images with captions, 3 with control images")
 
 
+def test_masks_and_regularization_images_are_counted(
+    node: Any, cats: Path, comfyui: FolderPaths
+) -> None:
+    masks, others = comfyui.base / "datasets/masks", comfyui.base / "input/others"
+    for folder in (masks, others):
+        folder.mkdir()
+    Image.new("L", (40, 50)).save(masks / "1.png")
+    for index in range(5):
+        Image.new("RGB", (40, 50)).save(others / f"{index}.png")
+        (others / f"{index}.txt").write_text("a dog")
+    values = widgets(node, batch_size=2)
+    values |= {"mask_folder": "datasets/masks", "regularization_folder": "input/others"}
+    settings, _, report = node.execute("input/cats", "none", **values).values
+    assert settings["mask_directory"] == masks
+    assert settings["regularization_directory"] == others
+    assert report.splitlines()[0] == "3 images with captions, 0 with control images, 1 with masks"
+    assert report.splitlines()[-2:] == [
+        "5 regularization images",
+        "about 5 batches of 2 an epoch",  # 2 and, apart from these, 3
+    ]
+
+
+def test_the_opacity_of_pictures_can_be_their_mask(node: Any, cats: Path) -> None:
+    Image.new("RGBA", (40, 50), (255, 0, 0, 128)).save(cats / "1.png")
+    settings, _, report = node.execute(
+        "input/cats", "none", **widgets(node, alpha_mask=True)
+    ).values
+    assert settings["alpha_mask"] is True and ", 1 with masks" in report
+
+
+def test_a_prompt_from_before_there_were_masks_runs(node: Any, cats: Path) -> None:
+    later = ("mask_folder", "alpha_mask", "regularization_folder")
+    values = {name: value for name, value in widgets(node).items() if name not in later}
+    settings, _, _ = node.execute("input/cats", "none", **values).values
+    assert settings["mask_directory"] is settings["regularization_directory"] is None
+
+
 def test_a_folder_elsewhere_is_refused_before_anything_runs(node: Any, cats: Path) -> None:
     assert node.validate_inputs(folder="input/cats") is True
     assert node.validate_inputs(folder=str(cats)) is True  # though it is not in the list
@@ -115,6 +152,18 @@ def test_control_pictures_that_changed_are_read_again(
     before = fingerprint(node, "datasets/control")
     (control / "1.png").touch()
     assert fingerprint(node, "datasets/control") != before
+
+
+@pytest.mark.parametrize("name", ["mask_folder", "regularization_folder"])
+def test_other_pictures_that_changed_are_read_again(
+    node: Any, cats: Path, comfyui: FolderPaths, name: str
+) -> None:
+    folder = comfyui.base / "datasets/more"
+    folder.mkdir()
+    read = {"folder": "input/cats", name: "datasets/more"}
+    before = node.fingerprint_inputs(**read)
+    (folder / "1.png").touch()
+    assert node.fingerprint_inputs(**read) != before
 
 
 def test_a_folder_that_is_gone_has_a_fingerprint_too(node: Any) -> None:

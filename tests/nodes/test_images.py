@@ -34,3 +34,15 @@ def test_pixels_of_the_engine_are_those_of_its_pictures(images: Any) -> None:
     batch = images.as_comfy(pixels_CHW[None])
     assert batch.shape == (1, 1, 256, 3)
     assert torch.allclose(batch, images.to_comfy([to_image(pixels_CHW)]), atol=1e-5)
+
+
+def test_a_batch_becomes_the_pictures_that_it_was_made_from(images: Any) -> None:
+    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16, 1).expand(16, 16, 3)
+    pictures = [Image.fromarray(levels.numpy()), Image.new("RGB", (16, 16), "orange")]
+    again = images.from_comfy(images.to_comfy(pictures))
+    assert [picture.tobytes() for picture in again] == [each.tobytes() for each in pictures]
+
+
+def test_values_that_no_picture_has_are_cut(images: Any) -> None:
+    [picture] = images.from_comfy(torch.tensor([-0.5, 0.5, 1.5]).reshape(1, 1, 1, 3))
+    assert picture.getpixel((0, 0)) == (0, 128, 255)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import pytest
 from pack.engine.errors import ConfigError
 from pack.tests.nodes.stand_ins import FolderPaths
 
-SOCKETS = ("model", "dataset", "lora", "optimizer", "lr_scheduler", "timesteps", "options")
+SOCKETS = (
+    *("model", "dataset", "lora", "optimizer", "lr_scheduler", "timesteps", "options"),
+    *("loss", "validation", "samples", "logging", "compile"),
+)
 WIDGETS = {"output_name": "cats", "max_train_steps": 10, "network_dim": 4, "save_every_n_steps": 0}
 
 
@@ -62,8 +66,12 @@ def test_a_lora_without_a_name_is_refused(training: Any) -> None:
         training.config("Train LoRA", "continue", {**WIDGETS, "output_name": ""})
 
 
-def test_a_lora_exists_when_its_file_does(training: Any, comfyui: FolderPaths) -> None:
-    assert not training.lora_exists("cats")
-    (comfyui.base / "output/loras/cats.safetensors").touch()
-    assert training.lora_exists("cats")
-    assert not training.lora_exists(None)  # as long as it is linked
+def test_a_lora_that_was_written_again_is_another(training: Any, comfyui: FolderPaths) -> None:
+    assert training.last_change("cats") is None
+    path = comfyui.base / "output/loras/cats.safetensors"
+    path.touch()
+    first = training.last_change("cats")
+    assert first == training.last_change("cats") is not None
+    os.utime(path, ns=(1, 1))
+    assert training.last_change("cats") != first
+    assert training.last_change(None) is None  # as long as it is linked

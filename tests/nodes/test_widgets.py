@@ -22,6 +22,7 @@ WIDGETS = {
 }
 CHOICES = [name for name, kinds in WIDGETS.items() if Literal in map(get_origin, kinds)]
 NUMBERS = [name for name, kinds in WIDGETS.items() if {int, float} & kinds and bool not in kinds]
+OPTIONAL_CHOICES = [name for name in CHOICES if type(None) in WIDGETS[name]]
 OPTIONAL_NUMBERS = [name for name in NUMBERS if type(None) in WIDGETS[name]]
 SWITCHES = [name for name, kinds in WIDGETS.items() if kinds == {bool}]
 TEXTS = sorted(WIDGETS.keys() - {*CHOICES, *NUMBERS, *SWITCHES})
@@ -56,7 +57,8 @@ def test_every_kind_of_setting_is_tested() -> None:
     assert {"lr_scheduler", "mixed_precision"} <= set(CHOICES)
     assert {"network_dim", "network_alpha", "lr_warmup_steps"} <= set(NUMBERS)
     assert "enable_bucket" in SWITCHES
-    assert TEXTS == ["caption_extension", "device", "optimizer_args", "output_name", "prompt"]
+    assert OPTIONAL_CHOICES == ["log_with", "show_timesteps", "show_lr_scheduler"]
+    assert {"caption_extension", "optimizer_args", "log_prefix", "trigger_word"} <= set(TEXTS)
 
 
 @pytest.mark.parametrize("name", WIDGETS)
@@ -77,10 +79,30 @@ def test_a_widget_has_the_name_and_the_help_of_its_setting(widgets: Any, name: s
 def test_a_choice_lists_what_the_setting_takes(widgets: Any, name: str) -> None:
     made = widgets.widget(name)
     assert made.kind == "Combo" and made.options["default"] in made.options["options"]
-    for choice in made.options["options"]:
+    choices = [choice for choice in made.options["options"] if choice != "unset"]
+    for choice in choices:
         assert value_of(widgets, name, choice) == choice
     expected = refused(widgets, name, "none of these").partition(": expected ")[2]
-    assert all(choice in expected for choice in made.options["options"])
+    assert all(choice in expected for choice in choices)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_only_a_choice_that_may_be_left_out_can_be_unset(widgets: Any, name: str) -> None:
+    if name in OPTIONAL_CHOICES:
+        assert value_of(widgets, name, "unset") is None
+    else:
+        assert refused(widgets, name, "unset")
+
+
+def test_a_text_may_be_called_unset(widgets: Any) -> None:
+    assert value_of(widgets, "trigger_word", "unset") == "unset"
+
+
+def test_a_text_may_be_chosen_from_a_list(widgets: Any) -> None:
+    made = widgets.widget("optimizer_type", options=["Lion", "AdamW"])
+    assert made.kind == "Combo"
+    assert (made.options["options"], made.options["default"]) == (["Lion", "AdamW"], "AdamW")
+    assert value_of(widgets, "optimizer_type", "Lion") == "Lion"
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -89,8 +111,9 @@ def test_the_range_of_a_number_is_that_of_its_setting(widgets: Any, name: str) -
     assert made.kind == ("Float" if float in WIDGETS[name] else "Int")
     low, high = made.options["min"], made.options["max"]
     assert low == (0 if name in OPTIONAL_NUMBERS else limit(name, "ge", "gt"))
-    assert high == (limit(name, "le") or LARGEST)
-    assert value_of(widgets, name, high) == high
+    assert high == (limit(name, "le", "lt") or LARGEST)
+    if high != limit(name, "lt"):
+        assert value_of(widgets, name, high) == high
     if low != limit(name, "gt"):
         assert value_of(widgets, name, low) == (None if name in OPTIONAL_NUMBERS else low)
     assert refused(widgets, name, low - 1)
@@ -176,7 +199,11 @@ def test_a_warm_up_from_one_on_is_a_number_of_steps(
         ("output_name", " "),
         ("caption_extension", ""),
         ("device", "gpu"),
-        ("optimizer_args", "lr=1"),
+        ("optimizer_args", "weight_decay"),
+        ("optimizer_type", "Adam"),
+        ("dynamo_backend", "FAST"),
+        ("log_prefix", "a/b"),
+        ("validation_split", 1.0),
         ("resolution", "512"),
     ],
 )

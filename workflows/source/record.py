@@ -40,7 +40,11 @@ _FILES: dict[tuple[str, str], tuple[str, ...]] = {
     ("LoraLoom_ConfigFromToml", "file"): ("none",),
     ("LoraLoom_DatasetFromFolder", "control_folder"): ("none",),
     ("LoraLoom_DatasetFromFolder", "folder"): (),
+    ("LoraLoom_DatasetFromFolder", "mask_folder"): ("none",),
+    ("LoraLoom_DatasetFromFolder", "regularization_folder"): ("none",),
+    ("LoraLoom_Logging", "tracker_config"): ("none",),
     ("LoraLoom_TrainingModel", "dit"): (),
+    ("LoraLoom_Validation", "validation_folder"): ("none",),
     ("UNETLoader", "unet_name"): (),
     ("VAELoader", "vae_name"): (),
 }

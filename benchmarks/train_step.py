@@ -2,7 +2,8 @@
 
 Bare is what nobody can avoid: forward, backward and fused AdamW of the same module with the same
 adapters on one fixed batch. Ours is all that the training loop does: batches read from the cache
-in the background, noise, times, clipping, warm-up, loss history and events.
+in the background, noise, times, clipping, warm-up, divergence guard, statistics of the loss, loss
+history and events.
 Run from the repository root: ``python -m benchmarks.train_step``. Prints one line per size and the
 ratio of the medians.
 """
@@ -26,9 +27,10 @@ from torch.nn import functional as F  # noqa: N812
 from engine import events, lora, optimizers, schedules, seeds, timesteps
 from engine.architectures.flux_kontext import FluxKontext
 from engine.dataset import BatchReader, CachedItem, Planned, epoch_batches, read_item
+from engine.jobs.guard import DivergenceGuard
 from engine.jobs.step import OptimizerStep, VelocityModel
 from engine.jobs.step_log import StepLog
-from engine.loss_history import LossHistory
+from engine.loss_history import LossHistory, Smoothed
 from engine.weights import save_tensors
 
 ARCHITECTURE = FluxKontext()
@@ -62,7 +64,8 @@ class Case:
         )
         self.model = VelocityModel(ARCHITECTURE, transformer)
         self.parameters = list(network.parameters())
-        self.optimizer = optimizers.create("AdamW", self.parameters, lr=1e-4, arguments={})
+        group = optimizers.ParameterGroup("lora", self.parameters)
+        self.optimizer = optimizers.create("AdamW", [group], lr=1e-4, arguments={}, allowed=())
         self.batch = {
             "latents": torch.randn(batch, 16, 1, side, side, device=device),
             "text_embeds": torch.randn(batch, text, 64, device=device),
@@ -103,13 +106,19 @@ def our_steps(case: Case, device: torch.device, folder: Path) -> Iterator[None]:
         LossHistory(folder / "loss.jsonl") as history,
         BatchReader(*_cached(case, folder), pin_memory=device.type == "cuda") as reader,
     ):
-        log = StepLog(history, events.silent, total_steps=10**6)
+        log = StepLog(
+            DivergenceGuard(factor=5.0).observe,
+            [lambda step, smoothed: history.append(step)],
+            events.silent,
+            total_steps=10**6,
+            smoothed=Smoothed(()),
+        )
         for step, (index, batch) in enumerate(reader):
             rate = 1e-4 * schedules.multiplier("constant", step, schedule)
             optimizers.set_learning_rate(case.optimizer, rate)
             on_device = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            result = take_step([(index, on_device)])
-            log.record(step + 1, 1, rate, result)
+            result = take_step.accumulate([(index, on_device)], 1)
+            log.record(step + 1, 1, rate, result, norm=take_step.update())
             yield
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pack.engine.lora import LoRALinear, inject, linear_shapes, merge
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TARGETS = {"qkv": ("q", "k", "v"), "out": ("o",)}
 
@@ -116,3 +117,63 @@ def test_only_linear_layers_take_an_adapter() -> None:
     assert isinstance(model.q, LoRALinear)
     with pytest.raises(ValueError, match="q is a LoRALinear"):
         injected(model, trained=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_adapters_are_disabled_is_the_base_model_bit_for_bit(
+    dtype: torch.dtype,
+) -> None:
+    x, model = torch.randn(2, 7, 8, dtype=dtype), build(dtype)
+    before = model(x)
+    network = injected(model, trained=True)
+    with_adapters = model(x)
+    with network.disabled():
+        inside = model(x)
+        with network.disabled():
+            pass
+        assert torch.equal(model(x), before)
+    assert torch.equal(inside, before) and not inside.requires_grad
+    assert torch.equal(model(x), with_adapters) and not torch.equal(with_adapters, before)
+
+
+def test_adapters_are_enabled_again_after_an_error() -> None:
+    x, model = torch.randn(2, 7, 8), build()
+    network = injected(model, trained=True)
+    expected = model(x)
+    with pytest.raises(KeyError), network.disabled():
+        raise KeyError
+    assert torch.equal(model(x), expected) and torch.is_grad_enabled()
+
+
+def test_a_gradient_does_not_notice_that_adapters_were_disabled_in_between() -> None:
+    """Also where gradient checkpointing computes the model again in the backward pass."""
+    x = torch.randn(2, 7, 8)
+
+    def gradients(*, disabled: bool, checkpointed: bool) -> list[torch.Tensor]:
+        model = build()
+        network = injected(model, trained=True)
+        out = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        assert isinstance(out, torch.Tensor)
+        if disabled:
+            with network.disabled():
+                checkpoint(model, x, use_reentrant=False)
+        out.square().mean().backward()
+        return [each.grad for each in network.parameters() if each.grad is not None]
+
+    expected = gradients(disabled=False, checkpointed=False)
+    assert len(expected) == 4
+    for checkpointed in (False, True):
+        found = gradients(disabled=True, checkpointed=checkpointed)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_disabling_does_not_break_a_compiled_graph() -> None:
+    x, model = torch.randn(2, 7, 8), build()
+    before = model(x)
+    network = injected(model, trained=True)
+    with_adapters = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # which refuses a break
+    for _ in range(2):
+        assert torch.equal(compiled(x), with_adapters)
+        with network.disabled():
+            assert torch.equal(compiled(x), before)

@@ -82,3 +82,52 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in the folder"):
         scan_folder(tmp_path / "empty")
+
+
+def test_masks_are_found_by_name_and_may_be_missing(tmp_path: Path) -> None:
+    for name in ("cat.png", "dog.jpg", "cat.jpg"):
+        add(tmp_path / "images", name)
+    add(tmp_path / "masks", "cat.webp", None)
+    add(tmp_path / "masks", "other.png", None)
+    samples = scan_folder(tmp_path / "images", mask_directory=tmp_path / "masks")
+    mask = tmp_path / "masks" / "cat.webp"
+    assert [sample.mask for sample in samples] == [mask, mask, None]
+    assert [sample.mask for sample in scan_folder(tmp_path / "images")] == [None] * 3
+
+
+def test_the_opacity_of_an_image_is_its_mask_if_it_has_any(tmp_path: Path) -> None:
+    add(tmp_path, "a.png")
+    b = add(tmp_path, "b.png")
+    Image.new("RGBA", (20, 10)).save(b)
+    assert [sample.mask for sample in scan_folder(tmp_path, alpha_mask=True)] == [None, b]
+    assert [sample.mask for sample in scan_folder(tmp_path)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((20, 10), True), ((7, 3), True), ((2000, 1001), True), ((10, 10), False), ((10, 20), False)],
+)
+def test_a_mask_must_have_the_shape_of_its_image(
+    tmp_path: Path, size: tuple[int, int], *, fits: bool
+) -> None:
+    add(tmp_path / "images", "cat.png")
+    mask = add(tmp_path / "masks", "cat.png", None)
+    Image.new("L", size).save(mask)
+    if fits:
+        assert scan_folder(tmp_path / "images", mask_directory=mask.parent)[0].mask == mask
+    else:
+        with pytest.raises(DataError, match=rf"cat\.png is {size[0]}x{size[1]} pixels and the im"):
+            scan_folder(tmp_path / "images", mask_directory=mask.parent)
+
+
+def test_two_masks_of_one_name_are_refused(tmp_path: Path) -> None:
+    add(tmp_path / "images", "cat.png")
+    for name in ("cat.png", "cat.webp"):
+        add(tmp_path / "masks", name, None)
+    with pytest.raises(DataError, match=r"several masks, cat\.png and cat\.webp; remove"):
+        scan_folder(tmp_path / "images", mask_directory=tmp_path / "masks")
+
+
+def test_a_message_names_the_setting_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="regularization_directory = .*does not exist"):
+        scan_folder(tmp_path / "nothing", setting="regularization_directory")

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from pack.engine.errors import DataError
-from pack.engine.media import image_size, load_image, resize_to_bucket, to_image, to_tensor
+from pack.engine.media import (
+    has_opacity,
+    image_size,
+    load_image,
+    load_mask,
+    load_opacity,
+    mask_tensor,
+    resize_to_bucket,
+    to_image,
+    to_tensor,
+)
 from PIL import Image
 
 
@@ -81,3 +91,61 @@ def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
     assert tensor.shape == (3, 3, 5) and tensor.min() >= -1 and tensor.max() <= 1
     assert np.array_equal(np.asarray(to_image(tensor)), np.asarray(image))
     assert to_image(torch.full((3, 1, 1), 9.0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "I;16", "LA", "RGBA"])
+def test_a_mask_of_every_mode_is_black_and_white(tmp_path: Path, mode: str) -> None:
+    left_white = np.zeros((6, 8), dtype=np.uint8)
+    left_white[:, :4] = 255
+    image = Image.fromarray(left_white)
+    if mode == "I;16":
+        image = Image.fromarray(left_white.astype(np.uint16) * 257)
+    elif mode in ("LA", "RGBA"):
+        # White all over, but transparent on the right.
+        opacity, image = image, Image.new("L", (8, 6), "white").convert(mode)
+        image.putalpha(opacity)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.png")
+    mask = load_mask(tmp_path / "a.png")
+    assert mask.mode == "L" and np.array_equal(np.asarray(mask), left_white)
+
+
+def test_the_opacity_of_a_picture_is_told_apart_from_none(tmp_path: Path) -> None:
+    opacity = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    for mode in ("RGBA", "LA"):
+        image = noise(8, 6).convert(mode)
+        image.putalpha(opacity)
+        image.save(tmp_path / "a.png")
+        assert has_opacity(tmp_path / "a.png")
+        assert np.array_equal(np.asarray(load_opacity(tmp_path / "a.png")), np.asarray(opacity))
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8)).convert("P")
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert has_opacity(tmp_path / "p.png")
+    assert np.asarray(load_opacity(tmp_path / "p.png")).tolist() == [[0, 255], [255, 0]]
+    noise(8, 6).save(tmp_path / "plain.png")
+    assert not has_opacity(tmp_path / "plain.png")
+    assert (np.asarray(load_opacity(tmp_path / "plain.png")) == 255).all()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (48, 96), (40, 30)])
+@pytest.mark.parametrize("mask_scale", [1, 2])
+def test_a_mask_covers_the_same_place_as_its_image(size: tuple[int, int], mask_scale: int) -> None:
+    """A white shape in an image is found where the mask says, after both were cut."""
+    shape = np.zeros((100, 120), dtype=np.uint8)
+    shape[20:70, 30:110] = 255
+    image = Image.fromarray(shape).convert("RGB")
+    mask = Image.fromarray(shape.repeat(mask_scale, 0).repeat(mask_scale, 1))
+    found = mask_tensor(mask, image.size, size)
+    expected = (to_tensor(resize_to_bucket(image, size))[:1] + 1) / 2
+    assert found.shape == (1, size[1], size[0]) and found.min() >= 0 and found.max() <= 1
+    # The filters differ in the two or three pixels beside an edge only.
+    off = (found - expected).abs()
+    assert ((off > 0.5).float().mean() < 0.001) and off.mean() < 0.02
+
+
+def test_a_white_mask_stays_white() -> None:
+    white = Image.new("L", (123, 77), "white")
+    for size in ((64, 64), (256, 16), (123, 77)):
+        assert (mask_tensor(white, (123, 77), size) == 1).all()
+        assert (mask_tensor(white, (246, 154), size) == 1).all()

@@ -27,6 +27,7 @@ from .config import FIELDS, GROUP_OF, GROUPS, Config
 from .errors import ConfigError
 from .options_not_yet import NOT_YET
 
+_SECRETS = ("wandb_api_key", "huggingface_token")
 _LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
 
 
@@ -229,7 +230,9 @@ def _from_word(kinds: set[Any], word: str) -> Any:
 
 
 def _unknown(name: str, item: Given) -> str:
-    start = f"{item.where}: {name} = {_shown(item.value)}:"
+    # Messages are stored and shown, so they repeat no key.
+    shown = "..." if name in _SECRETS else _shown(item.value)
+    start = f"{item.where}: {name} = {shown}:"
     if name in NOT_YET:
         return f"{start} this option is not supported by this version; {NOT_YET[name]}"
     near = get_close_matches(name.lower(), list(FIELDS), n=1)

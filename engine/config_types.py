@@ -31,7 +31,7 @@ OPTIMIZERS = (
     "Muon",
 )
 _CLASS_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-# accelerate's DynamoBackend, and what musubi-tuner's documentation calls two of them.
+# The names of accelerate's DynamoBackend.
 DYNAMO_BACKENDS = (
     "NO",
     "EAGER",

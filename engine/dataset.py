@@ -25,7 +25,7 @@ Planned = tuple[int, tuple[int, ...]]
 CLASS_PREFIX = "class_"
 # Marks a batch of regularization images.
 REGULARIZATION = "regularization"
-_KEEP_IN_MEMORY_BYTES = 2**30
+KEEP_IN_MEMORY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class BatchReader:
         plan: Iterator[Planned],
         *,
         pin_memory: bool = False,
-        keep_bytes: int = _KEEP_IN_MEMORY_BYTES,
+        keep_bytes: int = KEEP_IN_MEMORY_BYTES,
     ) -> None:
         self._items = items
         self._plan = plan

@@ -17,6 +17,10 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
 }
 
+# Of glibc's malloc.h, and the size from which a block gets memory of its own.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BYTES = 2**20
+
 
 def find_device(name: str) -> torch.device:
     """The device that a setting names; "auto" is the accelerator if there is one, else the CPU.
@@ -41,6 +45,41 @@ def use_threads(count: int | None) -> None:
     """Let work on the CPU use this many threads; None leaves PyTorch's choice."""
     if count:
         torch.set_num_threads(count)
+
+
+def give_freed_memory_back() -> None:
+    """Let the CPU's large tensors return their memory to the system as soon as they are freed.
+
+    glibc would keep it, in pieces that the next ones often do not fit into: a FLUX of 0.3 billion
+    weights had its peak at 2.7 GiB instead of 2.0. Other systems do so by themselves.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        # Setting one of both turns off that they grow with what is freed; this is what they keep.
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on a device; None where nobody tells."""
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch keeps for the next tensors is free for us.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return None
 
 
 def peak_memory_mib(device: torch.device) -> float:

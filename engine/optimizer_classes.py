@@ -107,7 +107,7 @@ def construct(
     own_defaults = _DEFAULTS.get(CLASSES.get(name, name))
     values: dict[str, Any] = {"lr": lr} if "lr" in known else {}
     values |= own_defaults(arguments) if own_defaults else {}
-    values |= arguments
+    values |= {key: _as_declared(value, known.get(key)) for key, value in arguments.items()}
     rate = values.get("lr", lr)
     if issubclass(found, Averaging) and "warmup_steps" in known:
         values = {"warmup_steps": warmup_steps, **values}
@@ -148,6 +148,16 @@ def require_known(name: str, found: type[Optimizer], arguments: Mapping[str, Any
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ConfigError(f"optimizer_args: {name} has no argument {key!r}; {hint}")
+
+
+def _as_declared(value: Any, parameter: inspect.Parameter | None) -> Any:
+    """A whole number as a float where the class's own value is one.
+
+    Otherwise a power of steps, such as Schedule-Free's ``r``, could be a number that fills memory.
+    """
+    if type(value) is int and parameter is not None and isinstance(parameter.default, float):
+        return float(value)
+    return value
 
 
 def shown_defaults(found: type[Optimizer], keys: Collection[str]) -> str:

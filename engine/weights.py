@@ -167,10 +167,9 @@ def load_into(
     Raises:
         CheckpointError: a tensor is missing, left over or has another shape than the module.
     """
-    expected = module.state_dict()
-    targets = _targets_by_source(expected, checkpoint, key_map)
+    check_fit(module, checkpoint, key_map, ignore=ignore)
+    targets = _targets_by_source(module.state_dict(), checkpoint, key_map)
     dtype = checkpoint.main_dtype(targets) if dtype is None else dtype
-    _refuse_left_over(checkpoint, checkpoint.entries.keys() - targets.keys() - set(ignore))
     loaded: dict[str, Tensor] = {}
     for source in checkpoint.entries:  # in file order, so that the disk is read forward
         if source not in targets:
@@ -178,15 +177,35 @@ def load_into(
         is_float = checkpoint.dtype(source).is_floating_point
         stored = checkpoint.read(source, dtype if is_float else None, device)
         for target, transform in targets[source]:
-            tensor = transform(stored) if transform else stored
-            if tensor.shape != expected[target].shape:
-                raise CheckpointError(
-                    f"{checkpoint.entries[source].path}: {source} gives a tensor of shape "
-                    f"{list(tensor.shape)}, but the model needs {list(expected[target].shape)}"
-                )
-            loaded[target] = tensor.contiguous()
+            loaded[target] = (transform(stored) if transform else stored).contiguous()
     module.load_state_dict(loaded, strict=True, assign=True)
     module.to(device)  # what is in no file, such as a table of positions
+
+
+def check_fit(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    key_map: Mapping[str, Source],
+    *,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Whether `load_into` could fill a module with these arguments; reads nothing.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or has another shape than the module.
+    """
+    expected = module.state_dict()
+    targets = _targets_by_source(expected, checkpoint, key_map)
+    _refuse_left_over(checkpoint, checkpoint.entries.keys() - targets.keys() - set(ignore))
+    for source, parts in targets.items():
+        stored = torch.empty(checkpoint.shape(source), device="meta")
+        for target, transform in parts:
+            found = (transform(stored) if transform else stored).shape
+            if found != expected[target].shape:
+                raise CheckpointError(
+                    f"{checkpoint.entries[source].path}: {source} gives a tensor of shape "
+                    f"{list(found)}, but the model needs {list(expected[target].shape)}"
+                )
 
 
 def pipeline_part(path: Path, part: str) -> Path:

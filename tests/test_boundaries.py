@@ -28,18 +28,18 @@ LAYERS = {
         buckets captions flow losses samplers schedule_arguments schedules seeds timesteps
     """,
     "modules and files": """
-        atomic_file autoencoders background console contact_sheet control dataset evaluation
+        activations atomic_file autoencoders background compile console contact_sheet control dataset evaluation
         file_kinds hardware key_table latent_cache latent_file launch lora lora_file loss_history
-        manifest media optimizer_classes optimizer_state optimizer_trial optimizers plots
+        manifest media memory optimizer_classes optimizer_state optimizer_trial optimizers plots
         plugins prompts run_status schedule_classes signals text_charts text_encoders
         time_statistics tracker_arguments trackers training_state validation_history weights
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """
-        jobs/__init__ jobs/build jobs/cache jobs/cache_plan jobs/control jobs/encode
-        jobs/entries jobs/generate jobs/guard jobs/loop jobs/objective jobs/outputs
-        jobs/picture jobs/plan jobs/previews jobs/recipe jobs/rewind jobs/run_control
-        jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/session jobs/show
+        jobs/__init__ jobs/build jobs/cache jobs/cache_plan jobs/checks jobs/control jobs/disk
+        jobs/encode jobs/entries jobs/generate jobs/guard jobs/loop jobs/needs jobs/objective
+        jobs/outputs jobs/picture jobs/plan jobs/previews jobs/recipe jobs/rewind
+        jobs/run_control jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/session jobs/show
         jobs/step jobs/step_log jobs/times jobs/tracking jobs/train jobs/validation
     """,
     "demo": """

@@ -55,10 +55,24 @@ class Architecture(Protocol):
         """Whether the tensor names are those of this family's transformer."""
         ...
 
+    def empty_transformer(self, path: Path) -> nn.Module:
+        """The model of a user's file or folder without its weights, on the meta device.
+
+        Only headers are read.
+
+        Raises:
+            CheckpointError: `load_transformer` could not load it.
+        """
+        ...
+
     def load_transformer(
         self, path: Path, *, dtype: torch.dtype, device: torch.device | str
     ) -> nn.Module:
         """Stream a user's file or folder into a frozen model in evaluation mode."""
+        ...
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The layers that repeat, in the order in which they are run."""
         ...
 
     def published_linears(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -77,6 +91,12 @@ class Architecture(Protocol):
 
     def timestep_shift(self, latent_height: int, latent_width: int) -> float:
         """The family's own shift towards noise for this latent size."""
+        ...
+
+    def condition_shapes(
+        self, transformer: nn.Module, text_length: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `encode_text` gives for a caption of at most ``text_length`` tokens."""
         ...
 
     def load_autoencoder(

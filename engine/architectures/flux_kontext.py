@@ -26,7 +26,15 @@ from ..autoencoders import ImageAutoencoder, load_autoencoder
 from ..errors import CheckpointError
 from ..key_table import Row, fusions, key_map, published_state_dict
 from ..text_encoders import ClipTextEncoder, T5TextEncoder, load_clip, load_t5
-from ..weights import Checkpoint, load_into, open_checkpoint, pipeline_part, read_settings
+from ..weights import (
+    Checkpoint,
+    Source,
+    check_fit,
+    load_into,
+    open_checkpoint,
+    pipeline_part,
+    read_settings,
+)
 from .base import Conditions
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
@@ -113,6 +121,12 @@ class FluxKontext:
         relative = any(part in key for key in keys for part in _RELATIVES)
         return (published or diffusers) and not relative
 
+    def empty_transformer(self, path: Path) -> nn.Module:
+        """See `base.Architecture`."""
+        transformer, checkpoint, names, ignore = self._prepare(path)
+        check_fit(transformer, checkpoint, names, ignore=ignore)
+        return transformer.requires_grad_(False).eval()
+
     def load_transformer(
         self, path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> nn.Module:
@@ -120,6 +134,15 @@ class FluxKontext:
 
         Raises:
             CheckpointError: the file is something else, or tensors are missing or left over.
+        """
+        transformer, checkpoint, names, ignore = self._prepare(path)
+        load_into(transformer, checkpoint, names, dtype=dtype, device=device, ignore=ignore)
+        return transformer.requires_grad_(False).eval()
+
+    def _prepare(self, path: Path) -> tuple[nn.Module, Checkpoint, dict[str, Source], list[str]]:
+        """The model without memory, its file, and where in it the weights are.
+
+        The last are the names that belong to something else.
         """
         from accelerate import init_empty_weights
         from diffusers import FluxTransformer2DModel
@@ -139,8 +162,12 @@ class FluxKontext:
         names = key_map(TABLE, transformer, prefix=prefix) if published else {}
         # A full checkpoint also holds the VAE and text encoders under prefixes of their own.
         ignore = [key for key in checkpoint.entries if not key.startswith(prefix)]
-        load_into(transformer, checkpoint, names, dtype=dtype, device=device, ignore=ignore)
-        return transformer.requires_grad_(False).eval()
+        return transformer, checkpoint, names, ignore
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The double blocks, then the single ones."""
+        lists = ("transformer_blocks", "single_transformer_blocks")
+        return [block for name in lists for block in transformer.get_submodule(name).children()]
 
     def published_state_dict(self, transformer: nn.Module) -> dict[str, Tensor]:
         """The weights under Black Forest Labs' names."""
@@ -207,6 +234,14 @@ class FluxKontext:
         """``exp(mu)``, mu linear through (256 tokens, 0.5) and (4096 tokens, 1.15)."""
         num_tokens = (latent_height // 2) * (latent_width // 2)
         return flow.flux_shift(num_tokens)
+
+    def condition_shapes(
+        self, transformer: nn.Module, text_length: int
+    ) -> dict[str, tuple[int, ...]]:
+        """T5's tokens and CLIP's vector."""
+        layers = ("context_embedder", "time_text_embed.text_embedder.linear_1")
+        text, pooled = (transformer.get_parameter(f"{name}.weight").shape[1] for name in layers)
+        return {"text_embeds": (text_length, text), "pooled": (pooled,)}
 
     def load_autoencoder(
         self, path: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"

@@ -131,7 +131,7 @@ def _config(output: Path, steps: int) -> Config:
             cache_directory=output / "cache",
         ),
         network=NetworkConfig(network_dim=16, network_alpha=16),
-        optimizer=OptimizerConfig(learning_rate=1e-3, lr_warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=1e-3, lr_warmup_steps=min(20, steps)),
         training=TrainingConfig(max_train_steps=steps, mixed_precision="no"),
         output=OutputConfig(output_dir=output, output_name=NAME, overwrite=True),
         generate=GenerateConfig(

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from .. import flow, hardware, lora, optimizers, plugins, seeds
+from .. import compile, flow, hardware, lora, optimizers, plugins, seeds
 from ..architectures.base import Architecture
-from ..config import Config
+from ..config import Config, TrainingConfig
 from ..dataset import CachedItem
 from ..errors import ConfigError
 from . import tracking
@@ -71,6 +71,7 @@ def check(config: Config) -> None:
     optimizer, validation = config.optimizer, config.validation
     device = hardware.find_device(config.runtime.device)
     optimizers.check(optimizer.optimizer_type, optimizer.arguments, allowed, device=device)
+    compile.check(compile_settings(config.training), device)
     tracking.check(config)
     wanted = [
         name
@@ -107,6 +108,11 @@ def build(
     )
     if config.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    compile.compile_blocks(
+        architecture.blocks(transformer),
+        compile_settings(config.training),
+        num_shapes=len({item.shapes for item in items}),
+    )
     model = wrapped = VelocityModel(architecture, transformer.train())
     if accelerator.num_processes > 1:
         wrapped = accelerator.prepare_model(model, device_placement=False)
@@ -127,6 +133,16 @@ def build(
         without_adapters=network.disabled,
     )
     return Built(take_step, network, shapes, model)
+
+
+def compile_settings(training: TrainingConfig) -> compile.CompileSettings:
+    """The settings as the compiler takes them."""
+    return compile.CompileSettings(
+        backend=training.dynamo_backend,
+        mode=training.dynamo_mode,
+        fullgraph=training.dynamo_fullgraph,
+        dynamic=training.dynamo_dynamic,
+    )
 
 
 def remarks(config: Config, built: Built, plan: Plan) -> list[str]:

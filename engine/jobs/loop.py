@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import optimizers
+from .. import compile, optimizers
 from ..config import Config
 from ..dataset import Batch, BatchReader, CachedItem
 from ..errors import EngineError, NotFiniteError
@@ -170,6 +170,7 @@ class TrainingLoop:
         if optimizers.uses_schedule(take_step.optimizer):
             optimizers.set_learning_rate(take_step.optimizer, rate)
         per_process = plan.batches_per_step // self.accelerator.num_processes
+        graphs = compile.compiled_graphs()
         result = take_step.accumulate(islice(batches, per_process), per_process)
         with self.stop.shield():
             norm = take_step.update()
@@ -177,7 +178,8 @@ class TrainingLoop:
             asked = self.stop.requested or self._told_to_stop or self.ended_early
             result, flag = _over_processes(self.accelerator, result, asked)
             epoch = plan.epoch_after(self.step)
-            log.record(self.step, epoch, rate, result, norm=norm, stop=flag)
+            usual = graphs == compile.compiled_graphs()  # to compile takes long
+            log.record(self.step, epoch, rate, result, norm=norm, stop=flag, is_usual=usual)
             if self.accelerator.is_main_process:
                 self._between_steps(log, wanted)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import optimizers
+from .. import compile, optimizers
 from ..architectures.base import Architecture
 from ..config import Config
 from ..dataset import CachedData
@@ -17,7 +17,7 @@ from ..loss_history import read_history
 from ..signals import Stopped, StopSignals
 from ..training_state import Progress
 from . import outputs, samples
-from .build import Built
+from .build import Built, compile_settings
 from .guard import DivergenceGuard
 from .loop import Between, TrainingLoop
 from .plan import Plan
@@ -79,9 +79,10 @@ def train(session: Session) -> None:
     guard.restore(extra.get("guard", {}))
     validator = _validator(session)
     saver = _saver(session)
-    tracking = Tracking(
-        config, session.report, step=start.plan.start, state=extra.get("tracking", {})
-    )
+    # A run that begins with the state of another one does not go on in the other's curves.
+    own = start.state_path is not None and start.files.is_own_state(start.state_path)
+    logged = extra.get("tracking", {}) if own else {}
+    tracking = Tracking(config, session.report, step=start.plan.start, state=logged)
     loop = TrainingLoop(
         config=config,
         accelerator=session.accelerator,
@@ -108,7 +109,8 @@ def train(session: Session) -> None:
         }
 
     saver.extra = state_of_all
-    with tracking if session.control else nullcontext():
+    settings = compile_settings(config.training)
+    with tracking if session.control else nullcontext(), compile.explained(settings):
         loop.run()
     if loop.step < start.plan.total_steps and not loop.ended_early:
         session.report(Finished("train", stopped=True))
@@ -150,7 +152,7 @@ def _saver(session: Session) -> RunSaver:
         scaler=built.take_step.scaler,
         recipe=start.recipe,
         data=start.data,
-        num_items=len(session.data.train),
+        num_items=sum(not item.is_regularization for item in session.data.train),
         total_steps=start.plan.total_steps,
         statistics=lambda: built.take_step.statistics,
         averaged=functools.partial(optimizers.evaluating, optimizer),
@@ -167,7 +169,7 @@ def _between(session: Session, validator: Validator | None, tracking: Tracking) 
     log = RunLog(tracking, start.plan, take_step.optimizer, read_history(start.files.history))
 
     def sample(step: int) -> None:
-        with control.during("sampling"):
+        with control.during("sampling"), compile.uncompiled():
             samples.draw(
                 pictures, session.built.transformer, start.files, step, session.report, session.stop
             )
@@ -175,7 +177,7 @@ def _between(session: Session, validator: Validator | None, tracking: Tracking) 
 
     def validate(step: int) -> None:
         assert validator is not None
-        with control.during("validating"):
+        with control.during("validating"), compile.uncompiled():
             log.validation(step, validator.measure(step))
         log.loss_by_time(step, take_step.statistics)
 

@@ -42,6 +42,7 @@ class _Pending:
     epoch: int
     learning_rate: float
     has_norm: bool
+    is_usual: bool
     reading: _Reading
 
 
@@ -71,8 +72,8 @@ class StepLog:
         self._smoothed = smoothed
         self._pending: _Pending | None = None
         self._last = time.perf_counter()
-        # The first step warms up caches and kernels, so it counts for no average.
-        self._timed_steps = -1
+        self._is_first = True
+        self._timed_steps = 0
         self._timed_seconds = 0.0
         self.stop_requested = False
 
@@ -85,12 +86,14 @@ class StepLog:
         *,
         norm: Tensor | None = None,
         stop: Tensor | None = None,
+        is_usual: bool = True,
     ) -> None:
         """Remember step number ``step`` (counted from 1) and report the one before.
 
         Args:
             norm: of the gradient.
             stop: above 0 if the run was asked to stop.
+            is_usual: it took about as long as others will; else it counts for no mean time.
 
         Raises:
             Diverged: by ``observe``, for the reported step.
@@ -98,7 +101,8 @@ class StepLog:
         self.flush()
         extra = [value for value in (norm, stop) if value is not None]
         reading = _Reading(result.loss, result.t, *(value.to(result.loss) for value in extra))
-        self._pending = _Pending(step, epoch, learning_rate, norm is not None, reading)
+        has_norm = norm is not None
+        self._pending = _Pending(step, epoch, learning_rate, has_norm, is_usual, reading)
         if reading.is_ready:
             self.flush()
 
@@ -121,7 +125,7 @@ class StepLog:
         step = Step(pending.step, pending.epoch, loss, pending.learning_rate, t, seconds, norm)
         for sink in self._sinks:
             sink(step, smoothed)
-        self._report(self._progress(step))
+        self._report(self._progress(step, is_usual=pending.is_usual))
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -137,12 +141,13 @@ class StepLog:
         finally:
             self._last += time.perf_counter() - begun
 
-    def _progress(self, step: Step) -> Progress:
-        self._timed_steps += 1
-        mean_seconds = None
-        if self._timed_steps:
+    def _progress(self, step: Step, *, is_usual: bool) -> Progress:
+        # The first step warms up caches and kernels, so it counts for no average.
+        if is_usual and not self._is_first:
+            self._timed_steps += 1
             self._timed_seconds += step.seconds
-            mean_seconds = self._timed_seconds / self._timed_steps
+        self._is_first = False
+        mean_seconds = self._timed_seconds / self._timed_steps if self._timed_steps else None
         left = self._total_steps - step.step
         return Progress(
             "train",

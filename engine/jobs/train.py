@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from .. import hardware
+from .. import compile, hardware
 from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config
@@ -83,7 +83,10 @@ def run(config: Config, report: Reporter) -> None:
             )
             train(session)
         if config.output.preview_images and accelerator.is_main_process:
-            previews.draw(config, architecture, built.transformer, data.train, files, report, stop)
+            with compile.uncompiled():
+                previews.draw(
+                    config, architecture, built.transformer, data.train, files, report, stop
+                )
         report(Finished("train"))
 
 
@@ -126,7 +129,8 @@ def _look(
     report: Reporter = silent,
 ) -> Start:
     recipe = recipe_of(config, architecture, num_processes)
-    identity = data_identity(data.train)
+    chooses = config.validation.keep_best or config.validation.early_stop_patience
+    identity = data_identity(data.train, data.validation if chooses else ())
     saved = saved_progress(state_path, recipe) if state_path else None
     steps = saved.step if saved else 0
     plan = plan_run(config, data.train, num_processes=num_processes, start=steps, report=report)

@@ -287,8 +287,7 @@ def test_a_file_of_musubi_tuner_runs_but_for_what_there_is_not_yet(run_toml: Pat
         output_name = "name-of-lora"
     """
     assert [problem.partition(" = ")[0] for problem in problems(run_toml, text)] == [
-        "run.toml: dataset_config",
-        "run.toml: optimizer_type",
+        "run.toml: dataset_config"
     ]
 
 
@@ -450,3 +449,8 @@ def test_the_file_names_every_setting_with_its_help() -> None:
     text = to_toml(Config())
     for name, field in FIELDS.items():
         assert re.search(rf"^# {re.escape(field.description)}\n(# )?{name} =", text, re.MULTILINE)
+
+
+def test_a_key_is_refused_and_never_repeated(run_toml: Path) -> None:
+    [problem] = problems(run_toml, "wandb_api_key = 'very secret'")
+    assert "secret" not in problem and "wandb login" in problem

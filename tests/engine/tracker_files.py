@@ -123,8 +123,9 @@ def _records(folder: Path) -> Iterator[Any]:
     """The records of a .wandb file: a log in LevelDB's format behind 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.glob("*.wandb")
-    data = path.read_bytes()
+    data = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
+    if len(data) < 7:
+        return  # killed while it began
     assert data.startswith(b":W&B")
     at, parts = 7, b""
     while at + 7 <= len(data):

@@ -27,6 +27,7 @@ from .signals import Stopped, stop_with_input
 _JOBS = {
     "cache": "encode the training images and captions",
     "train": "train a LoRA",
+    "check": "look at everything that a training needs, without training",
     "generate": "draw pictures from prompts",
 }
 
@@ -90,6 +91,10 @@ def _run_job(job: str, config: Config, report: Reporter) -> None:
         from .jobs import train
 
         train.run(config, report)
+    elif job == "check":
+        from .jobs import checks
+
+        checks.run(config, report)
     else:
         from .jobs import generate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import control
+from .check import CheckTraining
 from .config_files import ConfigFromToml, ConfigToToml
 from .dataset import CacheDataset, DatasetFromFolder
 from .demo import DemoModel, DemoTextEncode
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     DatasetFromFolder,
     CacheDataset,
     TrainLora,
+    CheckTraining,
     LoraSettings,
     OptimizerSettings,
     LrScheduler,

@@ -36,11 +36,12 @@ LAYERS = {
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """
-        jobs/__init__ jobs/build jobs/cache jobs/cache_plan jobs/checks jobs/control jobs/disk
-        jobs/encode jobs/entries jobs/generate jobs/guard jobs/loop jobs/needs jobs/objective
-        jobs/outputs jobs/picture jobs/plan jobs/previews jobs/recipe jobs/rewind
-        jobs/run_control jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/session jobs/show
-        jobs/step jobs/step_log jobs/times jobs/tracking jobs/train jobs/validation
+        jobs/__init__ jobs/assembly jobs/build jobs/cache jobs/cache_plan jobs/checks
+        jobs/control jobs/disk jobs/encode jobs/entries jobs/generate jobs/guard
+        jobs/loop jobs/needs jobs/objective jobs/outputs jobs/picture jobs/plan
+        jobs/previews jobs/recipe jobs/rewind jobs/run_control jobs/run_log
+        jobs/sample_plan jobs/samples jobs/saving jobs/show jobs/step jobs/step_log
+        jobs/times jobs/tracking jobs/train jobs/validation
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure

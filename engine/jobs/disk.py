@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ..config import Config
 from ..errors import EngineError
+from ..memory import size_in_words
 from .outputs import RunFiles, explained
 from .plan import Plan
 
-_MIB, _GIB = 2**20, 2**30
 # Loss history, recipe, status and what a file system needs for itself.
-_SMALL_FILES_BYTES = 16 * _MIB
+_SMALL_FILES_BYTES = 16 * 2**20
 
 
 def kept_at_once(config: Config, plan: Plan) -> tuple[int, int]:
@@ -75,17 +75,11 @@ def check_room(folder: Path, needed: int) -> int:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise EngineError(
-            f"{folder}: the files of this run need {in_words(needed)}, but only "
-            f"{in_words(free)} are free; make room, choose another output_dir, or keep fewer with "
-            "save_last_n_steps or save_last_n_epochs"
+            f"{folder}: the files of this run need {size_in_words(needed)}, but only "
+            f"{size_in_words(free)} are free; make room, choose another output_dir, or keep fewer "
+            "with save_last_n_steps or save_last_n_epochs"
         )
     return free
-
-
-def in_words(num_bytes: int) -> str:
-    """Such as "21.3 GiB" or "3.4 MiB"."""
-    unit, name = (_GIB, "GiB") if num_bytes >= _GIB else (_MIB, "MiB")
-    return f"{num_bytes / unit:.1f} {name}"
 
 
 def _count(start: int, end: int, every: int | None) -> int:

@@ -18,11 +18,11 @@ from ..events import Finished, Message, Reporter, silent
 from ..loss_history import LossHistory
 from ..signals import StopSignals
 from ..weights import open_checkpoint
-from . import build, cache, outputs, previews, rewind, sample_plan, samples, show
+from . import build, cache, checks, outputs, previews, rewind, sample_plan, samples, show
+from .assembly import Parts, Start, train
 from .plan import plan_run
 from .recipe import recipe_of, saved_progress
 from .run_control import RunControl
-from .session import Session, Start, train
 from .times import check_times
 
 _NEEDED = ("dit", "image_directory", "output_dir", "output_name")
@@ -51,6 +51,8 @@ def run(config: Config, report: Reporter) -> None:
             control = stack.enter_context(RunControl(files, report, refused=refused))
         report = control.report if control else silent
         architecture = find_architecture(config.model.architecture, config.model.dit)
+        if state_path is None:
+            checks.check_files(config)  # a finished run needs none of them any more
         with accelerator.main_process_first():
             data = cache.cached_data(config, architecture, report)
             pictures = sample_plan.prepare(config, architecture, report)
@@ -61,6 +63,8 @@ def run(config: Config, report: Reporter) -> None:
         if start.finished and previews.are_drawn(config, data.train, files):
             report(Finished("train"))
             return
+        if accelerator.is_main_process and not start.finished:
+            _check_needs(config, architecture, data, start, report)
         built = build.build(config, architecture, accelerator, data.train, start.plan)
         for remark in build.remarks(config, built, start.plan):
             report(Message(remark))
@@ -69,7 +73,7 @@ def run(config: Config, report: Reporter) -> None:
         if not start.finished:
             if accelerator.is_main_process:
                 _prepare_folder(start)
-            session = Session(
+            parts = Parts(
                 config,
                 architecture,
                 accelerator,
@@ -81,13 +85,27 @@ def run(config: Config, report: Reporter) -> None:
                 control,
                 report,
             )
-            train(session)
+            train(parts)
         if config.output.preview_images and accelerator.is_main_process:
             with compile.uncompiled():
                 previews.draw(
                     config, architecture, built.transformer, data.train, files, report, stop
                 )
         report(Finished("train"))
+
+
+def _check_needs(
+    config: Config, architecture: Architecture, data: CachedData, start: Start, report: Reporter
+) -> None:
+    """Model file, disk and memory, in a second or two.
+
+    Raises:
+        EngineError: the file is not whole, or the disk has no room.
+    """
+    device = hardware.find_device(config.runtime.device)
+    found = checks.before_loading(config, architecture, data.train, start.files, start.plan, device)
+    for message in found:
+        report(message)
 
 
 def _refused(config: Config, num_processes: int) -> dict[str, str]:

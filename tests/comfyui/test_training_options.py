@@ -208,3 +208,15 @@ def test_a_stopped_training_gives_its_lora_and_goes_on_whenever_it_is_queued_aga
         assert said in run.outputs["train"]["text"][0]
         assert run.data("lora_loom.message")[-1]["detail"].startswith(said)
     assert done == sorted(set(done))
+
+
+def test_a_training_is_checked_without_training(server: ComfyServer) -> None:
+    graph = graphs.demo(output_name="checked", max_train_steps=7)
+    inputs = graph.pop("train")["inputs"]
+    del inputs["existing_run"]
+    graph["check"] = graphs.node("LoraLoom_CheckTraining", **inputs)
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    [report] = run.outputs["check"]["text"]
+    assert "optimizer steps: 7" in report and "memory of cpu: about" in report
+    assert "disk: " in report and "trained numbers: " in report

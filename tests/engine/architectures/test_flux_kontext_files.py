@@ -280,3 +280,63 @@ def test_everything_loads_and_runs_without_a_network(tmp_path: Path, attempts: l
     assert attempts == []
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_an_empty_model_is_the_loaded_one_without_memory(tmp_path: Path, size: str) -> None:
+    state, _ = tiny_checkpoints.build("flux_kontext", size=size)
+    loaded = load(state, tmp_path)
+    empty = KONTEXT.empty_transformer(tmp_path / "flux.safetensors")
+    shapes = {name: weight.shape for name, weight in loaded.named_parameters()}
+    assert {name: weight.shape for name, weight in empty.named_parameters()} == shapes
+    assert all(weight.is_meta and not weight.requires_grad for weight in empty.parameters())
+    assert not empty.training
+
+
+def test_an_empty_model_reads_headers_only(tmp_path: Path) -> None:
+    """What the file holds besides is a hole."""
+    path = tmp_path / "flux.safetensors"
+    state = tiny_checkpoints.flux(depth=2, single=3)
+    save_file(state, path)
+    length = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    start, size = path.read_bytes()[:length], path.stat().st_size
+    path.write_bytes(start)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    empty = KONTEXT.empty_transformer(path)
+    assert len(KONTEXT.blocks(empty)) == 5
+
+
+def test_an_empty_model_is_refused_for_what_loading_would_refuse(tmp_path: Path) -> None:
+    state = tiny_checkpoints.flux()
+    key = "single_blocks.0.linear2.weight"
+    path = tmp_path / "flux.safetensors"
+    for changed, sentence in (
+        ({name: value for name, value in state.items() if name != key}, f"{key} is missing"),
+        (state | {"single_blocks.0.more": torch.zeros(1)}, "single_blocks.0.more does not belong"),
+        (state | {key: state[key][:, :-1].contiguous()}, f"{key} gives a tensor of shape"),
+    ):
+        save_file(changed, path)
+        for read in (
+            KONTEXT.empty_transformer,
+            lambda path: KONTEXT.load_transformer(path, dtype=torch.float32),
+        ):
+            with pytest.raises(CheckpointError, match=sentence):
+                read(path)
+
+
+def test_blocks_come_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+    transformer = load(tiny_checkpoints.flux(depth=2, single=3), tmp_path)
+    names = {id(module): name for name, module in transformer.named_modules()}
+    assert [names[id(block)] for block in KONTEXT.blocks(transformer)] == [
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+        *(f"single_transformer_blocks.{index}" for index in range(3)),
+    ]
+
+
+def test_the_conditions_that_a_model_takes_are_known_from_its_shapes(tmp_path: Path) -> None:
+    state = tiny_checkpoints.flux(text_width=96, pooled_width=40)
+    transformer = load(state, tmp_path)
+    shapes = KONTEXT.condition_shapes(transformer, 77)
+    assert shapes == {"text_embeds": (77, 96), "pooled": (40,)}

@@ -381,8 +381,9 @@ def test_what_was_trained_is_saved_when_memory_runs_out(
 
     def fail_in_the_third_step(*arguments: Any) -> torch.Tensor:
         nonlocal calls
-        calls += 1
-        if calls == 3:
+        is_trial = arguments[2].is_meta  # for the estimate of the memory
+        calls += not is_trial
+        if calls == 3 and not is_trial:
             raise torch.OutOfMemoryError("no memory")
         return predict(*arguments)
 
@@ -418,7 +419,11 @@ def test_a_signal_while_the_end_is_written_changes_nothing(
 def test_a_signal_in_a_library_that_catches_errors_stops_the_run(
     training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    predict = FluxKontext.predict_velocity
+
     def swallow(*arguments: Any) -> torch.Tensor:
+        if arguments[2].is_meta:  # for the estimate of the memory
+            return predict(*arguments)
         with contextlib.suppress(Exception):
             signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal was swallowed")

@@ -50,7 +50,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Session:
+class Parts:
     """Everything that a run is made of; ``control`` is that of the main process."""
 
     config: Config
@@ -65,35 +65,35 @@ class Session:
     report: Reporter
 
 
-def train(session: Session) -> None:
-    """Train from the step that the session starts with until the end.
+def train(parts: Parts) -> None:
+    """Train from the step that the run starts with until the end.
 
     Raises:
         EngineError: the loss is NaN or explodes, memory or disk is full; what was saved before is
             whole.
         Stopped: a signal or command ended the run; LoRA and state of all whole steps are saved.
     """
-    start, config, built = session.start, session.config, session.built
+    start, config, built = parts.start, parts.config, parts.built
     extra = start.extra
     guard = DivergenceGuard(config.training.divergence_factor)
     guard.restore(extra.get("guard", {}))
-    validator = _validator(session)
-    saver = _saver(session)
+    validator = _validator(parts)
+    saver = _saver(parts)
     # A run that begins with the state of another one does not go on in the other's curves.
     own = start.state_path is not None and start.files.is_own_state(start.state_path)
     logged = extra.get("tracking", {}) if own else {}
-    tracking = Tracking(config, session.report, step=start.plan.start, state=logged)
+    tracking = Tracking(config, parts.report, step=start.plan.start, state=logged)
     loop = TrainingLoop(
         config=config,
-        accelerator=session.accelerator,
-        items=session.data.train,
+        accelerator=parts.accelerator,
+        items=parts.data.train,
         plan=start.plan,
         built=built,
         saver=saver,
         guard=guard,
         good_states=GoodStates(built, start.files, _beginning(start)),
-        stop=session.stop,
-        between=_between(session, validator, tracking),
+        stop=parts.stop,
+        between=_between(parts, validator, tracking),
         rewinds=extra.get("rewinds", 0),
         rewound_to=extra.get("rewound_to"),
     )
@@ -110,10 +110,10 @@ def train(session: Session) -> None:
 
     saver.extra = state_of_all
     settings = compile_settings(config.training)
-    with tracking if session.control else nullcontext(), compile.explained(settings):
+    with tracking if parts.control else nullcontext(), compile.explained(settings):
         loop.run()
     if loop.step < start.plan.total_steps and not loop.ended_early:
-        session.report(Finished("train", stopped=True))
+        parts.report(Finished("train", stopped=True))
         saved = "everything is saved" if loop.step else "there was nothing to save"
         raise Stopped(
             f"stopped after step {loop.step} of {start.plan.total_steps}; {saved}, continue with "
@@ -125,26 +125,26 @@ def _beginning(start: Start) -> Progress:
     return Progress(start.plan.start, start.recipe, start.data, start.extra)
 
 
-def _validator(session: Session) -> Validator | None:
+def _validator(parts: Parts) -> Validator | None:
     """In the main process, if there is something to measure."""
-    if session.control is None or not session.data.validation:
+    if parts.control is None or not parts.data.validation:
         return None
     return Validator(
-        session.config,
-        session.built.model,
-        session.data.validation,
-        session.start.files.validation,
-        session.report,
-        saved=session.start.extra.get("validation", {}),
+        parts.config,
+        parts.built.model,
+        parts.data.validation,
+        parts.start.files.validation,
+        parts.report,
+        saved=parts.start.extra.get("validation", {}),
     )
 
 
-def _saver(session: Session) -> RunSaver:
-    built, start = session.built, session.start
+def _saver(parts: Parts) -> RunSaver:
+    built, start = parts.built, parts.start
     optimizer = built.take_step.optimizer
     return RunSaver(
-        config=session.config,
-        architecture=session.architecture,
+        config=parts.config,
+        architecture=parts.architecture,
         files=start.files,
         network=built.network,
         shapes=built.shapes,
@@ -152,26 +152,26 @@ def _saver(session: Session) -> RunSaver:
         scaler=built.take_step.scaler,
         recipe=start.recipe,
         data=start.data,
-        num_items=sum(not item.is_regularization for item in session.data.train),
+        num_items=sum(not item.is_regularization for item in parts.data.train),
         total_steps=start.plan.total_steps,
         statistics=lambda: built.take_step.statistics,
         averaged=functools.partial(optimizers.evaluating, optimizer),
-        report=session.report,
+        report=parts.report,
     )
 
 
-def _between(session: Session, validator: Validator | None, tracking: Tracking) -> Between:
-    control, pictures, start = session.control, session.pictures, session.start
+def _between(parts: Parts, validator: Validator | None, tracking: Tracking) -> Between:
+    control, pictures, start = parts.control, parts.pictures, parts.start
     if control is None:
         return Between()
     control.begin(start.plan.start, start.plan.total_steps)
-    take_step = session.built.take_step
+    take_step = parts.built.take_step
     log = RunLog(tracking, start.plan, take_step.optimizer, read_history(start.files.history))
 
     def sample(step: int) -> None:
         with control.during("sampling"), compile.uncompiled():
             samples.draw(
-                pictures, session.built.transformer, start.files, step, session.report, session.stop
+                pictures, parts.built.transformer, start.files, step, parts.report, parts.stop
             )
         log.samples(step, pictures, start.files)
 
@@ -182,7 +182,7 @@ def _between(session: Session, validator: Validator | None, tracking: Tracking) 
         log.loss_by_time(step, take_step.statistics)
 
     def samples_due(step: int, ended: range) -> bool:
-        wanted = samples.due(session.config.samples, step, ended)
+        wanted = samples.due(parts.config.samples, step, ended)
         return wanted and not samples.are_drawn(pictures, start.files, step)
 
     def rewound(step: int) -> None:

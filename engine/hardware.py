@@ -20,7 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 # Of glibc's malloc.h, and the size from which a block gets memory of its own.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE_BYTES = 2**20
+_LARGE_BYTES = 2**18
 
 
 def find_device(name: str) -> torch.device:

@@ -28,11 +28,12 @@ LAYERS = {
         buckets captions flow losses samplers schedule_arguments schedules seeds timesteps
     """,
     "modules and files": """
-        activations atomic_file autoencoders background compile console contact_sheet control dataset evaluation
-        file_kinds hardware key_table latent_cache latent_file launch lora lora_file loss_history
-        manifest media memory optimizer_classes optimizer_state optimizer_trial optimizers plots
-        plugins prompts run_status schedule_classes signals text_charts text_encoders
-        time_statistics tracker_arguments trackers training_state validation_history weights
+        activations atomic_file autoencoders background compile console contact_sheet control
+        dataset evaluation file_kinds hardware key_table latent_cache latent_file launch lora
+        lora_file loss_history manifest media memory optimizer_classes optimizer_state
+        optimizer_trial optimizers plots plugins prompts run_status schedule_classes signals
+        text_charts text_encoders time_statistics tracker_arguments trackers training_state
+        validation_history weights
     """,
     "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
     "jobs": """

@@ -19,6 +19,9 @@ from ..config import Config
 from ..dataset import KEEP_IN_MEMORY_BYTES, CachedItem
 from .plan import Plan
 
+# oneDNN makes machine code for every size of product in half precision when it first comes: about
+# this much for a FLUX of any size on a CPU.
+_HALF_PRECISION_CODE_BYTES = 40 * 2**20
 # Of the header of a safetensors file, for each tensor and for the metadata of a LoRA.
 _ENTRY_BYTES, _METADATA_BYTES = 200, 8192
 _TENSORS_PER_ADAPTER = 3
@@ -92,10 +95,12 @@ class Needs:
         }
         on_cpu = self.device.type == "cpu"
         kept = sum(item.num_bytes for item in self.items)
+        dtype = hardware.DTYPES[self.config.training.mixed_precision]
         if on_cpu:
-            _warm_up(hardware.DTYPES[self.config.training.mixed_precision])
+            _warm_up(dtype)
+        code = 0 if dtype == torch.float32 else _HALF_PRECISION_CODE_BYTES
         host = memory.Host(
-            program_bytes=hardware.resident_bytes(),
+            program_bytes=hardware.resident_bytes() + code,
             dataset_bytes=kept if kept <= KEEP_IN_MEMORY_BYTES else 0,
             is_continued=self.plan.start > 0,
         )

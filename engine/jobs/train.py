@@ -42,6 +42,8 @@ def run(config: Config, report: Reporter) -> None:
     files, state_path = outputs.find_start(config)
     build.check(config)
     hardware.use_threads(config.runtime.cpu_threads)
+    if hardware.find_device(config.runtime.device).type == "cpu":
+        hardware.give_freed_memory_back()
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         accelerator = build.accelerator_for(config)

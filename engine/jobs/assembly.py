@@ -112,6 +112,7 @@ def train(parts: Parts) -> None:
     settings = compile_settings(config.training)
     with tracking if parts.control else nullcontext(), compile.explained(settings):
         loop.run()
+    parts.accelerator.end_training()
     if loop.step < start.plan.total_steps and not loop.ended_early:
         parts.report(Finished("train", stopped=True))
         saved = "everything is saved" if loop.step else "there was nothing to save"

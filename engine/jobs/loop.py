@@ -105,6 +105,8 @@ class TrainingLoop:
                 self._save_all()
                 break
             except NotFiniteError as error:
+                if self.accelerator.num_processes > 1:
+                    raise  # the others do not know of it and would wait for this one's gradients
                 self._go_back(Diverged(self.step, str(error).partition(":")[2].partition(",")[0]))
             except Diverged as diverged:
                 self._go_back(diverged)
@@ -267,6 +269,7 @@ class TrainingLoop:
         again = again and not gives_up
         progress = self.good_states.restore(before=diverged.step - again)
         self.step = self.rewound_to = progress.step
+        self.ended_early = False
         extra = progress.extra
         self.guard.restore(extra.get("guard", {}))
         if self.between.validator:

@@ -26,12 +26,28 @@ class Row:
     Args:
         weight_name: the published name of the parameter that we call ``weight``.
         halves_swapped: the two halves along the first dimension are in the other order.
+        parts: how the rows are divided among ``inner``, as whole-number shares; nothing means
+            equally.
+        aliases: other names of the published module. The first one is ComfyUI's, if that differs.
     """
 
     published: str
     inner: tuple[str, ...]
     weight_name: str = "weight"
     halves_swapped: bool = False
+    parts: tuple[int, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def heights(self, num_rows: int) -> list[int]:
+        """Rows of each of ``inner`` when the published weight has ``num_rows``.
+
+        Raises:
+            ValueError: they cannot be divided like that.
+        """
+        shares = self.parts or (1,) * len(self.inner)
+        if num_rows % sum(shares):
+            raise ValueError(f"{num_rows} rows cannot be divided as {shares}")
+        return [share * num_rows // sum(shares) for share in shares]
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,11 @@ def _double(published: str, *inner: str, weight_name: str = "weight") -> Row:
     return Row(f"double_blocks.{{}}.{published}", inner, weight_name)
 
 
-def _single(published: str, *inner: str, weight_name: str = "weight") -> Row:
+def _single(
+    published: str, *inner: str, weight_name: str = "weight", parts: tuple[int, ...] = ()
+) -> Row:
     inner = tuple(f"single_transformer_blocks.{{}}.{name}" for name in inner)
-    return Row(f"single_blocks.{{}}.{published}", inner, weight_name)
+    return Row(f"single_blocks.{{}}.{published}", inner, weight_name, parts=parts)
 
 
 TABLE: tuple[Row, ...] = (
@@ -86,7 +88,7 @@ TABLE: tuple[Row, ...] = (
     _double("txt_mlp.0", "ff_context.net.0.proj"),
     _double("txt_mlp.2", "ff_context.net.2"),
     _single("modulation.lin", "norm.linear"),
-    _single("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    _single("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", parts=(1, 1, 1, 4)),
     _single("linear2", "proj_out"),
     _single("norm.query_norm", "attn.norm_q", weight_name="scale"),
     _single("norm.key_norm", "attn.norm_k", weight_name="scale"),

@@ -108,15 +108,23 @@ def build_config(given: Mapping[str, Given], problems: Sequence[str] = ()) -> Co
     return Config(**built)
 
 
-def to_toml(config: Config) -> str:
-    """The complete settings as TOML with their help; reading it gives an equal `Config`."""
+def to_toml(config: Config, *, with_help: bool = True) -> str:
+    """The complete settings as TOML; reading it gives an equal `Config`.
+
+    Args:
+        with_help: with what each setting means, and those without a value.
+    """
     lines: list[str] = []
     for key, group in GROUPS.items():
-        lines += [f"# {group.__doc__}", f"[{key}]"]
+        lines += [f"# {group.__doc__}", f"[{key}]"] if with_help else [f"[{key}]"]
         for name, field in group.model_fields.items():
             value = config.value(name)
-            lines.append(f"# {field.description}")
-            lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+            if with_help:
+                lines.append(f"# {field.description}")
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}")
+            elif with_help:
+                lines.append(f"# {name} =")
         lines.append("")
     return "\n".join(lines)
 

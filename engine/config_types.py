@@ -221,4 +221,5 @@ ShareOrSteps = Annotated[
 TimestepEnd = Annotated[int, AfterValidator(_check_timestep_end)]
 Sdpa = Annotated[bool, AfterValidator(_check_sdpa)]
 Prompts = Annotated[list[str], BeforeValidator(_one_or_many)]
+Paths = Annotated[list[PathSetting], BeforeValidator(_one_or_many)]
 Multipliers = Annotated[list[float], AfterValidator(_check_multipliers)]

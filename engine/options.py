@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, GROUPS
+from .config import FIELDS, GROUPS, NetworkArguments
 from .config_file import base_types, expected
 from .errors import ConfigError
 
@@ -82,7 +82,7 @@ def given_words(arguments: argparse.Namespace, unknown: Sequence[str]) -> dict[s
 def reference() -> str:
     """docs/options.md."""
     lines = [_INTRODUCTION]
-    for group in GROUPS.values():
+    for group in (*GROUPS.values(), NetworkArguments):
         lines += [f"## {group.__doc__}", "", "| Option | Value | Default | |", "|---|---|---|---|"]
         for name, field in group.model_fields.items():
             value = expected(field).replace("|", "\\|")

@@ -15,7 +15,9 @@ from ..errors import ConfigError
 from .drawing import GenerateConfig
 from .group import Group
 from .inputs import DatasetConfig, ModelConfig
-from .learning import LossConfig, NetworkConfig, OptimizerConfig, TimestepConfig
+from .learning import LossConfig, OptimizerConfig, TimestepConfig
+from .metadata import MetadataConfig
+from .network import NetworkArguments, NetworkConfig
 from .running import (
     LoggingConfig,
     OutputConfig,
@@ -34,7 +36,9 @@ __all__ = [
     "GenerateConfig",
     "LoggingConfig",
     "LossConfig",
+    "MetadataConfig",
     "ModelConfig",
+    "NetworkArguments",
     "NetworkConfig",
     "OptimizerConfig",
     "OutputConfig",
@@ -61,6 +65,7 @@ class Config(BaseModel):
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
     output: OutputConfig = OutputConfig()
+    metadata: MetadataConfig = MetadataConfig()
     logging: LoggingConfig = LoggingConfig()
     generate: GenerateConfig = GenerateConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -1,4 +1,4 @@
-"""How is learned: network, optimizer and its schedule, noise levels, loss."""
+"""How is learned: optimizer and its schedule, noise levels, loss."""
 
 from __future__ import annotations
 
@@ -16,26 +16,6 @@ from ..config_types import (
     parse_arguments,
 )
 from .group import Group
-
-
-class NetworkConfig(Group):
-    """LoRA"""
-
-    network_module: Literal["networks.lora", "networks.lora_flux"] = Field(
-        default="networks.lora", description="Kind of network; both names mean LoRA."
-    )
-    network_dim: int = Field(default=16, ge=1, le=4096, description="Rank of the LoRA.")
-    network_alpha: float | None = Field(
-        default=None,
-        ge=0,
-        le=1e6,
-        description="The LoRA is scaled by alpha / rank; unset or 0 means the rank (scale 1).",
-    )
-
-    @property
-    def alpha(self) -> float:
-        """The alpha that is used."""
-        return float(self.network_alpha or self.network_dim)
 
 
 class OptimizerConfig(Group):

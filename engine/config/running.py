@@ -179,6 +179,11 @@ class OutputConfig(Group):
         description="Save the state to resume this often; 0 turns it off.",
     )
     save_precision: Dtype = Field(default="bf16", description="Number type of the LoRA file.")
+    save_format: Literal["comfyui", "kohya", "diffusers"] = Field(
+        default="comfyui",
+        description="How the layers are called in it; ComfyUI reads all of them for FLUX and "
+        "Qwen-Image, the first two for every family.",
+    )
     preview_images: int = Field(
         default=0,
         ge=0,

@@ -154,7 +154,7 @@ def _saver(parts: Parts) -> RunSaver:
         recipe=start.recipe,
         data=start.data,
         num_items=sum(not item.is_regularization for item in parts.data.train),
-        total_steps=start.plan.total_steps,
+        plan=start.plan,
         statistics=lambda: built.take_step.statistics,
         averaged=functools.partial(optimizers.evaluating, optimizer),
         report=parts.report,

@@ -213,10 +213,10 @@ class TrainingLoop:
         elif asked.save:
             log.flush()
             with self.between.saving():
-                self.saver.save(self.step, self.plan.epoch_after(self.step))
+                self.saver.save(self.step)
 
     def _between_steps(self, log: StepLog, wanted: Commands) -> None:
-        step, epoch, ended = self.step, self.plan.epoch_after(self.step), self._ended_epochs()
+        step, ended = self.step, self._ended_epochs()
         validator, sample = self.between.validator, self.between.sample
         if validator and validator.due(step, ended):
             with log.excluded():
@@ -226,7 +226,6 @@ class TrainingLoop:
                 sample(step)
         self.saver.save_if_due(
             step,
-            epoch,
             ended,
             before=log.flush,
             autosave=self.guard.is_calm,
@@ -240,8 +239,7 @@ class TrainingLoop:
         with self.saver.averaged():
             self.between.validate(self.step)
         if validator.is_best and self.config.validation.keep_best:
-            epoch = self.plan.epoch_after(self.step)
-            self.saver.save_lora(self.saver.files.best, self.step, epoch)
+            self.saver.save_lora(self.saver.files.best, self.step)
         if validator.should_stop and not self.ended_early:
             self.ended_early = True
             patience = self.config.validation.early_stop_patience
@@ -307,7 +305,7 @@ class TrainingLoop:
     def _save_all(self) -> None:
         if self.accelerator.is_main_process and self.step:
             with self.between.saving():
-                self.saver.save(self.step, self.plan.epoch_after(self.step))
+                self.saver.save(self.step)
         self.accelerator.wait_for_everyone()
 
     def _history(self) -> AbstractContextManager[LossHistory | None]:

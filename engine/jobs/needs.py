@@ -23,7 +23,7 @@ from .plan import Plan
 # this much for a FLUX of any size on a CPU.
 _HALF_PRECISION_CODE_BYTES = 40 * 2**20
 # Of the header of a safetensors file, for each tensor and for the metadata of a LoRA.
-_ENTRY_BYTES, _METADATA_BYTES = 200, 8192
+_ENTRY_BYTES, _METADATA_BYTES = 200, 16384
 _TENSORS_PER_ADAPTER = 3
 
 

@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .. import control, run_status
-from ..architectures.base import Architecture
 from ..config import Config
 from ..config_file import to_toml
 from ..errors import ConfigError, EngineError
@@ -196,87 +194,3 @@ def explained(path: Path) -> Iterator[None]:
             f"{path}: the file cannot be written ({reason or error}); make room or choose another "
             "folder. What was saved before is untouched"
         ) from None
-
-
-def lora_metadata(
-    config: Config,
-    architecture: Architecture,
-    *,
-    step: int,
-    total_steps: int,
-    epoch: int,
-    num_items: int,
-    started: float,
-) -> dict[str, str]:
-    """What is written into a LoRA file about how it was made (``ss_*`` and ``modelspec.*``).
-
-    The keys are those that trainers and model browsers of this field read:
-    https://github.com/Stability-AI/ModelSpec and the ``ss_`` keys of kohya's scripts.
-    """
-    network, optimizer, training = config.network, config.optimizer, config.training
-    width, height = config.dataset.resolution
-    sampling = config.timesteps.timestep_sampling
-    if sampling == "auto":
-        sampling = architecture.default_timestep_sampling
-    facts = {
-        "ss_output_name": config.output.output_name,
-        "ss_base_model_version": architecture.name,
-        "ss_network_module": network.network_module,
-        "ss_network_dim": network.network_dim,
-        "ss_network_alpha": network.alpha,
-        "ss_learning_rate": optimizer.learning_rate,
-        "ss_optimizer": optimizer.optimizer_type,
-        "ss_lr_scheduler": optimizer.lr_scheduler,
-        "ss_lr_warmup_steps": optimizer.lr_warmup_steps,
-        "ss_lr_scheduler_min_lr_ratio": optimizer.lr_scheduler_min_lr_ratio,
-        "ss_lr_scheduler_num_cycles": optimizer.lr_scheduler_num_cycles,
-        "ss_lr_scheduler_power": optimizer.lr_scheduler_power,
-        "ss_lr_decay_steps": optimizer.lr_decay_steps,
-        "ss_max_grad_norm": optimizer.max_grad_norm,
-        "ss_timestep_sampling": sampling,
-        "ss_discrete_flow_shift": config.timesteps.discrete_flow_shift,
-        "ss_sigmoid_scale": config.timesteps.sigmoid_scale,
-        "ss_guidance_scale": config.timesteps.guidance_scale,
-        "ss_weighting_scheme": config.timesteps.weighting_scheme,
-        "ss_logit_mean": config.timesteps.logit_mean,
-        "ss_logit_std": config.timesteps.logit_std,
-        "ss_mode_scale": config.timesteps.mode_scale,
-        "ss_min_timestep": config.timesteps.min_timestep,
-        "ss_max_timestep": config.timesteps.max_timestep,
-        "ss_preserve_distribution_shape": config.timesteps.preserve_distribution_shape,
-        "ss_num_timestep_buckets": config.timesteps.num_timestep_buckets,
-        "ss_optimizer_args": " ".join(optimizer.optimizer_args),
-        "ss_lr_scheduler_type": optimizer.lr_scheduler_type,
-        "ss_lr_scheduler_args": " ".join(optimizer.lr_scheduler_args),
-        "ss_loss_type": config.loss.loss_type,
-        "ss_huber_c": config.loss.huber_c,
-        "ss_noise_offset": config.loss.noise_offset,
-        "ss_prior_loss_weight": config.loss.prior_loss_weight,
-        "ss_max_train_steps": total_steps,
-        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": training.gradient_checkpointing,
-        "ss_mixed_precision": training.mixed_precision,
-        "ss_batch_size_per_device": config.dataset.batch_size,
-        "ss_num_train_items": num_items,
-        "ss_resolution": f"({width}, {height})",
-        "ss_seed": config.runtime.seed,
-        "ss_sd_model_name": config.model.dit.name if config.model.dit else "",
-        "ss_steps": step,
-        "ss_epoch": epoch,
-        "ss_training_started_at": started,
-        "ss_training_finished_at": datetime.now(timezone.utc).timestamp(),
-    }
-    return {key: str(value) for key, value in facts.items()}
-
-
-def modelspec_metadata(config: Config, architecture: Architecture) -> dict[str, str]:
-    """The ``modelspec.*`` keys of a LoRA file."""
-    width, height = config.dataset.resolution
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture.modelspec_architecture}/lora",
-        "modelspec.implementation": "LoRA Loom",
-        "modelspec.title": str(config.output.output_name),
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }

@@ -22,7 +22,8 @@ from ..config_file import to_toml
 from ..events import Reporter, Saved
 from ..lora import LoRANetwork
 from ..time_statistics import TimeStatistics
-from . import outputs
+from . import metadata, outputs
+from .plan import Plan
 
 STATISTICS = "statistics."  # what the names of their tensors in a state begin with
 
@@ -51,7 +52,7 @@ class RunSaver:
     recipe: dict[str, Any]
     data: str
     num_items: int
-    total_steps: int
+    plan: Plan
     statistics: Callable[[], TimeStatistics]
     averaged: Callable[[], AbstractContextManager[None]]
     report: Reporter
@@ -59,24 +60,22 @@ class RunSaver:
     started: float = field(default_factory=time.time)
     last_save: float = field(default_factory=time.monotonic)
 
-    def save(self, step: int, epoch: int) -> None:
+    def save(self, step: int) -> None:
         """The LoRA under its final name, the recipe beside it, and the state."""
-        self.save_lora(self.files.lora, step, epoch)
+        self.save_lora(self.files.lora, step)
         with outputs.explained(self.files.recipe):
             write_text(self.files.recipe, to_toml(self.config))
         self.report(Saved(str(self.files.recipe), "recipe", step))
         self.save_state(self.files.state, step)
 
-    def save_lora(self, path: Path, step: int, epoch: int) -> None:
+    def save_lora(self, path: Path, step: int) -> None:
         """The LoRA after ``step`` optimizer steps, in ``save_precision``, checked."""
         config = self.config
-        metadata = outputs.modelspec_metadata(config, self.architecture)
-        metadata |= outputs.lora_metadata(
+        facts = metadata.lora_metadata(
             config,
             self.architecture,
+            self.plan,
             step=step,
-            total_steps=self.total_steps,
-            epoch=epoch,
             num_items=self.num_items,
             started=self.started,
         )
@@ -86,7 +85,7 @@ class RunSaver:
                 self.network.weights(),
                 self.shapes,
                 dtype=hardware.DTYPES[config.output.save_precision],
-                metadata=metadata,
+                metadata=facts,
             )
         self.report(Saved(str(path), "lora", step))
 
@@ -107,7 +106,6 @@ class RunSaver:
     def save_if_due(
         self,
         step: int,
-        epoch: int,
         ended: range,
         *,
         before: Callable[[], None],
@@ -117,7 +115,6 @@ class RunSaver:
         """Save what the settings ask for after ``step`` optimizer steps.
 
         Args:
-            epoch: the one that the step is in.
             ended: the epochs, counted from 1, whose last batch is in the step.
             before: called first if anything is going to be saved.
             autosave: whether the state may be saved because it is time.
@@ -134,11 +131,11 @@ class RunSaver:
             return
         before()
         for path in due:
-            self.save_lora(path, step, epoch)
+            self.save_lora(path, step)
             if output.save_state:
                 self.save_state(path.with_suffix(".state"), step)
         if now:
-            self.save(step, epoch)
+            self.save(step)
         else:
             # Last, so that a run that is killed here makes the files above once more.
             self.save_state(self.files.state, step)

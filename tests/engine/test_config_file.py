@@ -161,7 +161,7 @@ def test_the_precision_of_accelerate_counts_where_none_is_given(run_toml: Path) 
         ("learing_rate = 1", "learing_rate = 1: unknown setting; did you mean 'learning_rate'?"),
         ("SEED = 1", "SEED = 1: unknown setting; did you mean 'seed'?"),
         ("zzz = 'a'", 'zzz = "a": unknown setting; see docs/options.md for all settings'),
-        ("training = 5", "training = 5: unknown setting; see docs/options.md for all settings"),
+        ("training = 5", "training = 5: unknown setting; did you mean 'training_comment'?"),
         # an option that only musubi-tuner has
         (
             "blocks_to_swap = 20",
@@ -365,6 +365,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "log_tracker_name": st.just("naïve"),
     "log_prefix": st.sampled_from(["", "a_", "猫"]),
     "validation_split": st.floats(0, 1, exclude_max=True),
+    "network_dropout": st.floats(0, 1, exclude_max=True),
+    "network_args": st.sampled_from([[], ["conv_dim=4", "include_patterns=[r'(?=a).*']"]]),
+    "metadata_reso": st.sampled_from([None, "512", "512, 768"]),
     "output_name": st.sampled_from(["a", "naïve #1", "'a' = [b], {c}", "猫.v1"]),
     "sdpa": st.just(True),
 }
@@ -403,10 +406,12 @@ def values_of(name: str, texts: st.SearchStrategy[str]) -> st.SearchStrategy[Any
 
 
 def build(values: dict[str, Any]) -> Config:
-    num_loras = len(values.get("lora_weight", []))
+    multipliers = {"lora_multiplier": "lora_weight", "base_weights_multiplier": "base_weights"}
     groups: dict[str, dict[str, Any]] = {key: {} for key in GROUPS}
     for name, value in values.items():
-        groups[GROUP_OF[name]][name] = value[:num_loras] if name == "lora_multiplier" else value
+        if name in multipliers:
+            value = value[: len(values.get(multipliers[name], []))]
+        groups[GROUP_OF[name]][name] = value
     return Config(**{key: group(**groups[key]) for key, group in GROUPS.items()})
 
 

@@ -133,6 +133,25 @@ def test_any_setting_means_the_same_in_a_file_and_on_the_command_line(
 # The other examples
 
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
+    ('--network_args "verbose=True"', {"network_args": ["verbose=True"]}),
+    (
+        '--network_module networks.lora --network_dim 32 --network_args "loraplus_lr_ratio=4"',
+        {"network_dim": 32, "network_args": ["loraplus_lr_ratio=4"]},
+    ),
+    (
+        """--network_args "exclude_patterns=[r'.*single_blocks.*']" """,
+        {"network_args": ["exclude_patterns=[r'.*single_blocks.*']"]},
+    ),
+    (
+        """--network_args "exclude_patterns=[r'.*']" """
+        r""""include_patterns=[r'.*single_blocks\.\d{2}\.linear.*']" """,
+        {
+            "network_args": [
+                "exclude_patterns=[r'.*']",
+                r"include_patterns=[r'.*single_blocks\.\d{2}\.linear.*']",
+            ]
+        },
+    ),
     ("--logging_dir=logs", {"logging_dir": Path("logs")}),
     (
         "--logging_dir=logs --log_prefix=lora_setting1_",
@@ -192,6 +211,22 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("command", "meant"), EXAMPLES, ids=[text for text, _ in EXAMPLES])
 def test_an_example_is_understood(command: str, meant: dict[str, Any]) -> None:
     assert given_settings(settings_of(command)) == meant
+
+
+def test_network_args_mean_what_the_specification_says() -> None:
+    patterns = (
+        r"""--network_args "loraplus_lr_ratio=4" "include_patterns=[r'.*\.\d{2}\.linear.*']" """
+    )
+    arguments = settings_of(patterns).network.arguments
+    assert arguments.loraplus_lr_ratio == 4.0 and not arguments.verbose
+    assert arguments.include_patterns == [r".*\.\d{2}\.linear.*"]
+    assert settings_of('--network_args "verbose=True"').network.arguments.verbose
+
+
+def test_a_key_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = '--network_args "verbose=True" "key1=1" "key2=2"'
+    assert main(["train", *options_of(command), "--print_config"]) == 2
+    assert "expected known keys (not 'key1'; known: loraplus_lr_ratio" in capsys.readouterr().err
 
 
 def test_the_words_behind_the_script_are_the_options() -> None:
@@ -264,10 +299,6 @@ def test_what_the_paper_recommends_can_be_set(std: str) -> None:
 # What there is not yet
 
 NOT_BUILT = [
-    '--network_args "verbose=True" "key1=value1" "key2=value2"',
-    '--network_module networks.lora --network_dim 32 --network_args "loraplus_lr_ratio=4"',
-    """--network_args "exclude_patterns=[r'.*single_blocks.*']" """,
-    r"""--network_args "exclude_patterns=[r'.*']" "include_patterns=[r'.*\.\d{2}\.linear.*']" """,
     "--fp8 --fp8_scaled",
     "--fp8_base --fp8_scaled",
     "--fp8_fast",

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.config import Config
 from pack.engine.config_file import to_toml
 from pack.engine.errors import ConfigError, EngineError
@@ -12,12 +11,8 @@ from pack.engine.jobs.outputs import (
     RunFiles,
     explained,
     find_start,
-    lora_metadata,
-    modelspec_metadata,
 )
 from pack.tests.engine.jobs import tiny
-
-FLUX = FluxKontext()
 
 
 def settings(folder: Path, **changes: Any) -> Config:
@@ -155,47 +150,6 @@ def test_only_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in kept)
     RunFiles(tmp_path / "nowhere", "a").remove_leftovers()
-
-
-def test_the_metadata_say_how_the_lora_was_made() -> None:
-    config = tiny.config(
-        dit=Path("models/flux.safetensors"),
-        output_name="style",
-        resolution=(768, 512),
-        network_dim=8,
-        learning_rate=2e-4,
-        max_train_epochs=3,
-        batch_size=2,
-        seed=7,
-    )
-    facts = lora_metadata(config, FLUX, step=30, total_steps=60, epoch=2, num_items=20, started=1.5)
-    facts |= modelspec_metadata(config, FLUX)
-    assert float(facts.pop("ss_training_finished_at")) > 1.7e9
-    assert facts.pop("modelspec.date")[:2] == "20"
-    assert all(type(text) is str for text in facts.values())
-    expected = {
-        "ss_output_name": "style",
-        "ss_base_model_version": "flux_kontext",
-        "ss_sd_model_name": "flux.safetensors",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": "8",
-        "ss_network_alpha": "8.0",
-        "ss_learning_rate": "0.0002",
-        "ss_steps": "30",
-        "ss_max_train_steps": "60",
-        "ss_epoch": "2",
-        "ss_num_train_items": "20",
-        "ss_batch_size_per_device": "2",
-        "ss_resolution": "(768, 512)",
-        "ss_timestep_sampling": "flux_shift",
-        "ss_seed": "7",
-        "ss_training_started_at": "1.5",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "Flux.1-dev/lora",
-        "modelspec.title": "style",
-        "modelspec.resolution": "768x512",
-    }
-    assert expected.items() <= facts.items()
 
 
 def test_what_the_disk_says_becomes_one_sentence(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pack.engine.config_file import load_config
 from pack.engine.errors import CheckpointError, EngineError
 from pack.engine.events import Event, Saved
 from pack.engine.jobs.outputs import RunFiles
+from pack.engine.jobs.plan import Plan
 from pack.engine.jobs.saving import RunSaver
 from pack.engine.optimizers import ParameterGroup, create
 from pack.engine.time_statistics import TimeStatistics
@@ -54,7 +55,7 @@ class Run:
             recipe={"network_dim": 2},
             data="data",
             num_items=1,
-            total_steps=10,
+            plan=Plan(0, 4, 1, 10, lambda _: 1.0),
             statistics=lambda: self.statistics,
             averaged=nullcontext,
             extra=lambda: {"rewinds": 1},
@@ -86,7 +87,7 @@ def saved(run: Run) -> list[tuple[str, int | None]]:
 def test_lora_recipe_and_state_are_saved_in_this_order(tmp_path: Path) -> None:
     run = Run(tmp_path, save_precision="fp16", network_dim=2)
     run.fill(0.1)
-    run.saver.save(7, 2)
+    run.saver.save(7)
     assert saved(run) == [("run.safetensors", 7), ("run.toml", 7), ("run.state", 7)]
 
     files = run.saver.files
@@ -107,7 +108,7 @@ def test_loras_of_steps_and_epochs_are_saved_when_they_are_due(tmp_path: Path) -
     for step in range(1, 9):
         # Two epochs end in every third step.
         ended = range(step // 3 * 2 - 1, step // 3 * 2 + 1) if step % 3 == 0 else range(0)
-        run.saver.save_if_due(step, 1, ended, before=lambda step=step: flushed.append(step))
+        run.saver.save_if_due(step, ended, before=lambda step=step: flushed.append(step))
     assert saved(run) == [
         ("run-000002.safetensors", 3),
         ("run.state", 3),
@@ -136,7 +137,7 @@ def test_only_the_last_loras_are_kept(tmp_path: Path) -> None:
     )
     for step in range(1, 51):
         ended = range(step // 5, step // 5 + 1) if step % 5 == 0 else range(0)
-        run.saver.save_if_due(step, 1, ended, before=nothing)
+        run.saver.save_if_due(step, ended, before=nothing)
     steps = {f"step000000{step}.safetensors" for step in (20, 30, 40, 50)}
     assert kept(tmp_path) == steps | {"000008.safetensors", "000010.safetensors"}
 
@@ -144,7 +145,7 @@ def test_only_the_last_loras_are_kept(tmp_path: Path) -> None:
 def test_states_beside_the_loras_have_a_number_of_their_own(tmp_path: Path) -> None:
     run = Run(tmp_path, save_every_n_steps=1, save_state=True, save_last_n_steps_state=1)
     for step in range(1, 5):
-        run.saver.save_if_due(step, 1, range(0), before=nothing)
+        run.saver.save_if_due(step, range(0), before=nothing)
     loras = {f"step0000000{step}.safetensors" for step in (1, 2, 3, 4)}
     assert kept(tmp_path) == loras | {"step00000003.state", "step00000004.state"}
     state = tmp_path / "run-step00000003.state"
@@ -158,22 +159,22 @@ def test_what_was_not_written_by_number_is_never_removed(tmp_path: Path) -> None
     for name in others:
         (tmp_path / name).touch()
     for step in range(1, 9):
-        run.saver.save_if_due(step, 1, range(0), before=nothing)
+        run.saver.save_if_due(step, range(0), before=nothing)
     assert all((tmp_path / name).exists() for name in others)
 
 
 def test_everything_is_saved_at_once_when_the_user_asks(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.saver.save_if_due(3, 1, range(0), before=nothing, now=True)
+    run.saver.save_if_due(3, range(0), before=nothing, now=True)
     assert saved(run) == [("run.safetensors", 3), ("run.toml", 3), ("run.state", 3)]
 
 
 def test_a_state_that_may_be_part_of_an_explosion_waits(tmp_path: Path) -> None:
     run = Run(tmp_path, autosave_minutes=10.0)
     run.saver.last_save = time.monotonic() - 601
-    run.saver.save_if_due(1, 1, range(0), before=nothing, autosave=False)
+    run.saver.save_if_due(1, range(0), before=nothing, autosave=False)
     assert saved(run) == []
-    run.saver.save_if_due(2, 1, range(0), before=nothing)
+    run.saver.save_if_due(2, range(0), before=nothing)
     assert saved(run) == [("run.state", 2)]
 
 
@@ -188,7 +189,7 @@ def test_the_lora_is_the_averaged_one_and_the_state_the_one_in_training(tmp_path
 
     run.saver.averaged = averaged
     run.fill(0.5)
-    run.saver.save(1, 1)
+    run.saver.save(1)
     assert run.value(run.saver.files.lora) == 1.0
     assert load_file(run.saver.files.state)[f"lora.{NAME}.B"].unique().item() == 0.5
 
@@ -196,7 +197,7 @@ def test_the_lora_is_the_averaged_one_and_the_state_the_one_in_training(tmp_path
 def test_the_loss_at_each_noise_level_is_there_to_be_read(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.statistics.add(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1.0, 2.0, 8.0]))
-    run.saver.save(1, 1)
+    run.saver.save(1)
     assert json.loads(run.saver.files.loss_by_time.read_text()) == {
         "edges": [0, 0.25, 0.5, 0.75, 1],
         "mean": [1.5, None, None, 8.0],
@@ -211,18 +212,18 @@ def test_the_state_is_saved_after_some_minutes(
     run = Run(tmp_path, autosave_minutes=float(minutes))
     run.saver.last_save = time.monotonic() - waited
     for step in (1, 2):
-        run.saver.save_if_due(step, 1, range(0), before=nothing)
+        run.saver.save_if_due(step, range(0), before=nothing)
     assert saved(run) == [("run.state", 1)] * due
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_never_replace_good_files(tmp_path: Path, value: float) -> None:
     run = Run(tmp_path)
-    run.saver.save(1, 1)
+    run.saver.save(1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run.fill(value)
     for save in (
-        lambda: run.saver.save(2, 1),
+        lambda: run.saver.save(2),
         lambda: run.saver.save_state(run.saver.files.state, 2),
     ):
         with pytest.raises(CheckpointError, match="became NaN or infinite"):
@@ -236,13 +237,13 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_file(
     tmp_path: Path, what: str, width: int
 ) -> None:
     run = Run(tmp_path, width=width)
-    run.saver.save(1, 1)
+    run.saver.save(1)
     files = run.saver.files
     path = {"lora": files.lora, "recipe": files.recipe, "state": files.state}[what]
     before = path.read_bytes()
     # Less than the adapter of the wide layer takes, and less than the recipe.
-    with tiny.file_size_limit(4096), pytest.raises(EngineError) as caught:
-        run.saver.save_state(run.saver.files.state, 2) if what == "state" else run.saver.save(2, 1)
+    with tiny.file_size_limit(8192), pytest.raises(EngineError) as caught:
+        run.saver.save_state(run.saver.files.state, 2) if what == "state" else run.saver.save(2)
     assert f"{path}: the file cannot be written" in str(caught.value)
     assert "File too large" in str(caught.value) and "\n" not in str(caught.value)
     assert path.read_bytes() == before
@@ -253,7 +254,7 @@ def save_forever(run: Run) -> NoReturn:
     try:
         for value in itertools.cycle((1.0, 2.0)):
             run.fill(value)
-            run.saver.save_lora(run.saver.files.lora, 1, 1)
+            run.saver.save_lora(run.saver.files.lora, 1)
     finally:
         os._exit(1)
 
@@ -261,7 +262,7 @@ def save_forever(run: Run) -> NoReturn:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked")
 def test_a_file_whose_writer_is_killed_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     run = Run(tmp_path, width=1024)
-    run.saver.save(0, 1)
+    run.saver.save(0)
     values: set[float] = set()
     left = 0
     for attempt in range(10):

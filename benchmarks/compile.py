@@ -16,9 +16,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from engine import lora, seeds
+from engine import seeds
 from engine.architectures.flux_kontext import FluxKontext
 from engine.compile import CompileSettings, check, compile_blocks, uncompiled
+from engine.config import Config
+from engine.jobs.network_plan import plan_network
 
 ARCHITECTURE = FluxKontext()
 SIZES = {  # hidden, double blocks, single blocks, batch, latent side, text tokens
@@ -43,13 +45,8 @@ class Case:
         )
         nn.Module.to(transformer, device, dtype)
         self.transformer = transformer.requires_grad_(False).train()
-        network = lora.inject(
-            transformer,
-            ARCHITECTURE.lora_targets(transformer),
-            rank=16,
-            alpha=16,
-            generator=seeds.generator(0, "lora"),
-        )
+        planned = plan_network(Config(), ARCHITECTURE, transformer)
+        network = planned.put_on(transformer, seeds.generator(0, "lora"))
         self.parameters = list(network.parameters())
         self.noisy = torch.randn(batch, 16, 1, side, side, device=device)
         self.t_B = torch.rand(batch, device=device)

@@ -24,10 +24,12 @@ from diffusers import FluxTransformer2DModel
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F  # noqa: N812
 
-from engine import events, lora, optimizers, schedules, seeds, timesteps
+from engine import events, optimizers, schedules, seeds, timesteps
 from engine.architectures.flux_kontext import FluxKontext
+from engine.config import Config
 from engine.dataset import BatchReader, CachedItem, Planned, epoch_batches, read_item
 from engine.jobs.guard import DivergenceGuard
+from engine.jobs.network_plan import plan_network
 from engine.jobs.step import OptimizerStep, VelocityModel
 from engine.jobs.step_log import StepLog
 from engine.loss_history import LossHistory, Smoothed
@@ -55,13 +57,8 @@ class Case:
             guidance_embeds=True,
         )
         transformer = transformer.requires_grad_(False).to(device).train()
-        network = lora.inject(
-            transformer,
-            ARCHITECTURE.lora_targets(transformer),
-            rank=16,
-            alpha=16,
-            generator=seeds.generator(0, "lora"),
-        )
+        planned = plan_network(Config(), ARCHITECTURE, transformer)
+        network = planned.put_on(transformer, seeds.generator(0, "lora"))
         self.model = VelocityModel(ARCHITECTURE, transformer)
         self.parameters = list(network.parameters())
         group = optimizers.ParameterGroup("lora", self.parameters)

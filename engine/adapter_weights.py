@@ -10,7 +10,7 @@ An adapter changes the weight ``W`` of one layer by ``delta W``:
 and with a magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353) the sum is scaled to it.
 
 Shapes: O out features, I in features, R rank, K kernel of a convolution (nothing for a linear
-layer), so that a weight is [O, I, *K].
+layer), so that a weight is [O, I, *K]. ``bias_diff`` [O] is what is added to the bias.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class LoRAWeights:
     up: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    bias_diff: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -59,6 +60,7 @@ class LoHaWeights:
     w2_b: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    bias_diff: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -86,6 +88,7 @@ class LoKrWeights:
     w2: Tensor | tuple[Tensor, Tensor]
     alpha: float
     magnitude: Tensor | None = None
+    bias_diff: Tensor | None = None
 
     @property
     def rank(self) -> int | None:
@@ -168,12 +171,10 @@ def rows(adapter: AdapterWeights, first: int, end: int) -> AdapterWeights | None
     It has none where a Kronecker factor would be cut, or the norm of each column is given.
     """
     part = slice(first, end)
+    bias_diff = None if adapter.bias_diff is None else adapter.bias_diff[part]
     if isinstance(adapter, FullWeights):
-        bias = adapter.bias_diff
-        diff = adapter.diff
-        return FullWeights(
-            None if diff is None else diff[part], None if bias is None else bias[part]
-        )
+        return FullWeights(None if adapter.diff is None else adapter.diff[part], bias_diff)
+    adapter = replace(adapter, bias_diff=bias_diff)
     magnitude = adapter.magnitude
     if magnitude is not None:
         if magnitude.shape[0] == 1:
@@ -205,10 +206,12 @@ def stacked(parts: Sequence[AdapterWeights]) -> AdapterWeights | None:
     if any(_magnitude(part) is not None for part in parts):
         return None
     if all(isinstance(part, LoRAWeights) for part in parts):
-        return _stacked_lora([part for part in parts if isinstance(part, LoRAWeights)])
-    if all(isinstance(part, LoHaWeights) for part in parts):
-        return _stacked_loha([part for part in parts if isinstance(part, LoHaWeights)])
-    return None
+        whole = _stacked_lora([part for part in parts if isinstance(part, LoRAWeights)])
+    elif all(isinstance(part, LoHaWeights) for part in parts):
+        whole = _stacked_loha([part for part in parts if isinstance(part, LoHaWeights)])
+    else:
+        return None
+    return replace(whole, bias_diff=_stacked_bias(parts))
 
 
 def unstacked(adapter: AdapterWeights, heights: Sequence[int]) -> list[AdapterWeights] | None:
@@ -239,7 +242,8 @@ def as_lora(adapter: AdapterWeights) -> LoRAWeights | None:
     if isinstance(adapter, LoHaWeights):
         up = torch.einsum("or,os->ors", adapter.w1_a, adapter.w2_a).flatten(1)
         down = torch.einsum("r...,s...->rs...", adapter.w1_b, adapter.w2_b).flatten(0, 1)
-        return LoRAWeights(down, up, alpha=adapter.scale * up.shape[1])
+        alpha = adapter.scale * up.shape[1]
+        return LoRAWeights(down, up, alpha, bias_diff=adapter.bias_diff)
     w1 = _whole(adapter.w1, _dtype(adapter.w1))
     if isinstance(adapter.w2, tuple):
         w2_a, w2_b = adapter.w2
@@ -249,7 +253,8 @@ def as_lora(adapter: AdapterWeights) -> LoRAWeights | None:
     up = torch.kron(w1, w2_a)
     eye = torch.eye(w1.shape[1], dtype=w2_b.dtype, device=w2_b.device)
     eye = eye.view(*eye.shape, *(1 for _ in w2_b.shape[2:]))
-    return LoRAWeights(torch.kron(eye, w2_b), up, alpha=adapter.scale * up.shape[1])
+    alpha = adapter.scale * up.shape[1]
+    return LoRAWeights(torch.kron(eye, w2_b), up, alpha, bias_diff=adapter.bias_diff)
 
 
 def tensors(adapter: AdapterWeights) -> dict[str, Tensor]:
@@ -288,8 +293,20 @@ def _stacked_full(parts: Sequence[FullWeights]) -> FullWeights | None:
     biases = [part.bias_diff for part in parts if part.bias_diff is not None]
     if len(diffs) not in (0, len(parts)) or len(biases) not in (0, len(parts)):
         return None
-    return FullWeights(
-        torch.cat(diffs) if diffs else None, torch.cat(biases) if biases else None
+    return FullWeights(torch.cat(diffs) if diffs else None, torch.cat(biases) if biases else None)
+
+
+def _stacked_bias(parts: Sequence[AdapterWeights]) -> Tensor | None:
+    given = [part.bias_diff for part in parts if part.bias_diff is not None]
+    if not given:
+        return None
+    heights = [part.shape[0] for part in parts if part.shape is not None]
+    biases = [part.bias_diff for part in parts]
+    return torch.cat(
+        [
+            given[0].new_zeros(height) if bias is None else bias
+            for bias, height in zip(biases, heights, strict=True)
+        ]
     )
 
 
@@ -297,14 +314,14 @@ def _stacked_lora(parts: Sequence[LoRAWeights]) -> LoRAWeights:
     first = parts[0]
     if all(_same(part.down, first.down) and part.scale == first.scale for part in parts):
         return replace(first, up=torch.cat([part.up for part in parts]))
-    scale = first.scale
+    scale = next((part.scale for part in parts if part.scale), 1.0)
     ups = [part.up * (part.scale / scale) if part.scale != scale else part.up for part in parts]
     down = torch.cat([part.down for part in parts])
     return LoRAWeights(down, torch.block_diag(*ups), alpha=scale * down.shape[0])
 
 
 def _stacked_loha(parts: Sequence[LoHaWeights]) -> LoHaWeights:
-    scale = parts[0].scale
+    scale = next((part.scale for part in parts if part.scale), 1.0)
     w1_a = [part.w1_a * (part.scale / scale) for part in parts]
     w1_b = torch.cat([part.w1_b for part in parts])
     return LoHaWeights(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import warnings
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -178,8 +179,14 @@ def parse_arguments(values: list[str]) -> dict[str, Any]:
         if key in parsed:
             raise ValueError(f"each key once ({key} comes twice)")
         try:
-            parsed[key] = ast.literal_eval(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of escapes that mean nothing
+                parsed[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            if "\\" in text:
+                raise ValueError(
+                    f"an r before quotes with a backslash, as in r'a\\.b', for {key} (not {text})"
+                ) from None
             raise ValueError(
                 f"a number, True, False, None, 'text' or a list of them for {key} (not {text!r})"
             ) from None

@@ -29,6 +29,7 @@ class Row:
         parts: how the rows are divided among ``inner``, as whole-number shares; nothing means
             equally.
         aliases: other names of the published module. The first one is ComfyUI's, if that differs.
+        bare: the names are those of a parameter that no module of its own holds.
     """
 
     published: str
@@ -37,6 +38,7 @@ class Row:
     halves_swapped: bool = False
     parts: tuple[int, ...] = ()
     aliases: tuple[str, ...] = ()
+    bare: bool = False
 
     def heights(self, num_rows: int) -> list[int]:
         """Rows of each of ``inner`` when the published weight has ``num_rows``.
@@ -52,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A published module and the modules of ours that it is made of, in stacking order."""
+    """A published module (or bare parameter) and ours that it is made of, in stacking order."""
 
     published: str
     inner: tuple[str, ...]
@@ -60,12 +62,15 @@ class Fusion:
 
 
 def fusions(table: Sequence[Row], module: nn.Module) -> list[Fusion]:
-    """Every published module of this model, in the model's own order."""
-    order = {name: position for position, (name, _) in enumerate(module.named_modules())}
+    """Every published module and bare parameter of this model, in the model's own order."""
+    modules = [name for name, _ in module.named_modules()]
+    parameters = [name for name, _ in module.named_parameters()]
+    order = {name: position for position, name in enumerate(modules)}
+    order |= {name: order[name.rpartition(".")[0]] for name in parameters}
     found: list[Fusion] = []
     for row in table:
         pattern = re.compile(re.escape(row.inner[0]).replace(r"\{\}", r"(\d+)"))
-        for name in order:
+        for name in parameters if row.bare else modules:
             if match := pattern.fullmatch(name):
                 index = match.groups()
                 inner = tuple(part.format(*index) for part in row.inner)
@@ -78,11 +83,10 @@ def key_map(table: Sequence[Row], module: nn.Module, *, prefix: str = "") -> dic
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     sources: dict[str, Source] = {}
     for fusion in fusions(table, module):
-        for parameter in ("weight", "bias"):
-            published = _published_key(fusion, parameter, prefix)
+        for published, keys in _keys(fusion):
+            published = f"{prefix}{published}"
             first_row = 0
-            for inner in fusion.inner:
-                key = f"{inner}.{parameter}"
+            for key in keys:
                 if key not in shapes:
                     continue
                 transform = _part_of(fusion, first_row, first_row + shapes[key][0])
@@ -101,22 +105,27 @@ def published_state_dict(table: Sequence[Row], module: nn.Module) -> dict[str, T
     published: dict[str, Tensor] = {}
     used: set[str] = set()
     for fusion in fusions(table, module):
-        for parameter in ("weight", "bias"):
-            keys = [f"{inner}.{parameter}" for inner in fusion.inner]
+        for name, keys in _keys(fusion):
             if keys[0] not in state:
                 continue
             tensor = torch.cat([state[key] for key in keys]) if len(keys) > 1 else state[keys[0]]
             tensor = _swap_halves(tensor) if fusion.row.halves_swapped else tensor
-            published[_published_key(fusion, parameter)] = tensor
+            published[name] = tensor
             used.update(keys)
     if left := state.keys() - used:
         raise ValueError(f"no published name for {sorted(left)[:3]}")
     return published
 
 
-def _published_key(fusion: Fusion, parameter: str, prefix: str = "") -> str:
-    name = fusion.row.weight_name if parameter == "weight" else parameter
-    return f"{prefix}{fusion.published}.{name}"
+def _keys(fusion: Fusion) -> list[tuple[str, list[str]]]:
+    """The published name of each tensor that there may be, and ours that it is made of."""
+    if fusion.row.bare:
+        return [(fusion.published, list(fusion.inner))]
+    published = {"weight": fusion.row.weight_name, "bias": "bias"}
+    return [
+        (f"{fusion.published}.{name}", [f"{inner}.{ours}" for inner in fusion.inner])
+        for ours, name in published.items()
+    ]
 
 
 def _part_of(fusion: Fusion, first_row: int, end_row: int) -> Callable[[Tensor], Tensor] | None:

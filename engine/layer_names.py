@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from .key_table import Row
+from torch import nn
+
+from .key_table import Row, fusions
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,41 @@ def row_of(names: LayerNames, published: str) -> tuple[Row, tuple[str, ...]] | N
         if match := re.fullmatch(_template(row.published), published):
             return row, match.groups()
     return None
+
+
+def other_names(names: LayerNames, published: str) -> list[str]:
+    """What else a published layer, or a part of it, is called: by ComfyUI, by diffusers."""
+    if not (found := row_of(names, published)):
+        return []
+    row, index = found
+    every = dict.fromkeys(each.format(*index) for each in (*row.aliases, *row.inner))
+    return [name for name in every if name != published]
+
+
+class LayerOfModel(NamedTuple):
+    """Our modules that a published layer is made of, and the shape [O, I, *K] of its weight."""
+
+    inner: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def published_layers(names: LayerNames, transformer: nn.Module) -> dict[str, LayerOfModel]:
+    """Every linear layer and convolution that a LoRA may be for, by its published name.
+
+    In the model's own order. Left out is the one whose halves diffusers has in the other order:
+    an adapter of its modules would not be one of the published layer.
+    """
+    found: dict[str, LayerOfModel] = {}
+    for fusion in fusions(names.table, transformer):
+        if fusion.row.bare or fusion.row.halves_swapped:
+            continue
+        modules = [transformer.get_submodule(name) for name in fusion.inner]
+        if not isinstance(modules[0], nn.Linear | nn.Conv2d | nn.Conv3d):
+            continue
+        shapes = [tuple(module.get_parameter("weight").shape) for module in modules]
+        num_rows = sum(shape[0] for shape in shapes)
+        found[fusion.published] = LayerOfModel(fusion.inner, (num_rows, *shapes[0][1:]))
+    return found
 
 
 @lru_cache(maxsize=32)

@@ -18,7 +18,8 @@ _DECAY = 0.98
 class Step:
     """``step`` counts from 1; ``t`` is the mean flow time; ``seconds`` the wall time it took.
 
-    ``grad_norm`` is that before clipping, where it was computed.
+    ``grad_norm`` is that before clipping, where it was computed. ``max_norms`` are the number of
+    adapters that were scaled down, the mean and the largest norm, where norms are limited.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Step:
     t: float
     seconds: float
     grad_norm: float | None = None
+    max_norms: tuple[float, ...] | None = None
 
 
 class Smoothed:
@@ -99,4 +101,7 @@ class LossHistory:
 
 
 def _line(step: Step) -> str:
-    return json.dumps(asdict(step)) + "\n"
+    record = asdict(step)
+    if step.max_norms is None:
+        del record["max_norms"]
+    return json.dumps(record) + "\n"

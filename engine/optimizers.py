@@ -147,6 +147,11 @@ def uses_schedule(optimizer: Optimizer) -> bool:
     return not computes_it and not isinstance(optimizer, Averaging)
 
 
+def averages(optimizer: Optimizer) -> bool:
+    """Whether it keeps another point than the one that it trains (Schedule-Free)."""
+    return isinstance(optimizer, Averaging)
+
+
 def remarks(optimizer: Optimizer, *, lr_scheduler: str, warmup_steps: int) -> list[str]:
     """Sentences on what is set, but does not apply or makes little sense with this optimizer."""
     group, name = optimizer.param_groups[0], type(optimizer).__name__

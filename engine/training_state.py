@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from . import optimizer_state
 from .errors import CheckpointError, NotFiniteError
-from .lora import LoRANetwork
+from .networks.network import Network
 from .weights import Checkpoint, open_checkpoint, save_tensors
 
 FORMAT = "lora_loom_state_2"
@@ -44,7 +44,7 @@ class Progress:
 
 def save_state(
     path: Path,
-    network: LoRANetwork,
+    network: Network,
     optimizer: Optimizer,
     scaler: GradScaler,
     progress: Progress,
@@ -101,7 +101,7 @@ def read_progress(path: Path) -> Progress:
 
 @torch.no_grad()
 def load_state(
-    path: Path, network: LoRANetwork, optimizer: Optimizer, scaler: GradScaler
+    path: Path, network: Network, optimizer: Optimizer, scaler: GradScaler
 ) -> tuple[Progress, dict[str, Tensor]]:
     """Put a saved state into a network and optimizer of the same recipe.
 
@@ -144,12 +144,8 @@ def recipe_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list
     ]
 
 
-def _adapter_tensors(network: LoRANetwork) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in network.adapters.items():
-        tensors[f"lora.{name}.A"] = adapter.lora_A
-        tensors[f"lora.{name}.B"] = adapter.lora_B
-    return tensors
+def _adapter_tensors(network: Network) -> dict[str, Tensor]:
+    return {f"lora.{name}": tensor for name, tensor in network.named_tensors().items()}
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoders import ImageAutoencoder
+from ..layer_names import LayerNames
 from ..weights import Checkpoint
 
 # Everything but the noisy latents and the time that the transformer is given for one batch.
@@ -31,6 +32,11 @@ class Architecture(Protocol):
     @property
     def modelspec_architecture(self) -> str:
         """The family's name in ``modelspec.architecture`` of a LoRA file, before "/lora"."""
+        ...
+
+    @property
+    def layer_names(self) -> LayerNames:
+        """What its layers are called, and which of them are trained by default."""
         ...
 
     @property
@@ -73,14 +79,6 @@ class Architecture(Protocol):
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The layers that repeat, in the order in which they are run."""
-        ...
-
-    def published_linears(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Published name -> our Linear modules it is made of, for all that a LoRA may name."""
-        ...
-
-    def lora_targets(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Those of `published_linears` that a LoRA is trained on by default."""
         ...
 
     def predict_velocity(

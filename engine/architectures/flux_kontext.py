@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .. import file_kinds, flow
 from ..autoencoders import ImageAutoencoder, load_autoencoder
 from ..errors import CheckpointError
-from ..key_table import Row, fusions, key_map, published_state_dict
+from ..key_table import key_map, published_state_dict
+from ..layer_names import LayerNames
 from ..text_encoders import ClipTextEncoder, T5TextEncoder, load_clip, load_t5
 from ..weights import (
     Checkpoint,
@@ -36,6 +37,7 @@ from ..weights import (
     read_settings,
 )
 from .base import Conditions
+from .flux_names import NAMES, TABLE
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 _PROBE = "double_blocks.0.img_attn.qkv.weight"
@@ -52,52 +54,6 @@ _RELATIVES = (
 )
 
 
-def _double(published: str, *inner: str, weight_name: str = "weight") -> Row:
-    inner = tuple(f"transformer_blocks.{{}}.{name}" for name in inner)
-    return Row(f"double_blocks.{{}}.{published}", inner, weight_name)
-
-
-def _single(
-    published: str, *inner: str, weight_name: str = "weight", parts: tuple[int, ...] = ()
-) -> Row:
-    inner = tuple(f"single_transformer_blocks.{{}}.{name}" for name in inner)
-    return Row(f"single_blocks.{{}}.{published}", inner, weight_name, parts=parts)
-
-
-TABLE: tuple[Row, ...] = (
-    Row("img_in", ("x_embedder",)),
-    Row("txt_in", ("context_embedder",)),
-    Row("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
-    Row("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
-    Row("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
-    Row("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
-    Row("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
-    Row("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
-    _double("img_mod.lin", "norm1.linear"),
-    _double("txt_mod.lin", "norm1_context.linear"),
-    _double("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
-    _double("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    _double("img_attn.norm.query_norm", "attn.norm_q", weight_name="scale"),
-    _double("img_attn.norm.key_norm", "attn.norm_k", weight_name="scale"),
-    _double("txt_attn.norm.query_norm", "attn.norm_added_q", weight_name="scale"),
-    _double("txt_attn.norm.key_norm", "attn.norm_added_k", weight_name="scale"),
-    _double("img_attn.proj", "attn.to_out.0"),
-    _double("txt_attn.proj", "attn.to_add_out"),
-    _double("img_mlp.0", "ff.net.0.proj"),
-    _double("img_mlp.2", "ff.net.2"),
-    _double("txt_mlp.0", "ff_context.net.0.proj"),
-    _double("txt_mlp.2", "ff_context.net.2"),
-    _single("modulation.lin", "norm.linear"),
-    _single("linear1", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", parts=(1, 1, 1, 4)),
-    _single("linear2", "proj_out"),
-    _single("norm.query_norm", "attn.norm_q", weight_name="scale"),
-    _single("norm.key_norm", "attn.norm_k", weight_name="scale"),
-    Row("final_layer.linear", ("proj_out",)),
-    # Published as (shift, scale); diffusers keeps (scale, shift).
-    Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
-)
-
-
 class FluxTextEncoders(NamedTuple):
     """T5-XXL gives the text tokens, CLIP-L the pooled vector."""
 
@@ -111,6 +67,7 @@ class FluxKontext:
 
     name: str = "flux_kontext"
     modelspec_architecture: str = "Flux.1-dev"
+    layer_names: LayerNames = NAMES
     default_timestep_sampling: str = "flux_shift"
     latent_channels: int = 16
     pixel_multiple: int = 16
@@ -174,27 +131,6 @@ class FluxKontext:
     def published_state_dict(self, transformer: nn.Module) -> dict[str, Tensor]:
         """The weights under Black Forest Labs' names."""
         return published_state_dict(TABLE, transformer)
-
-    def published_linears(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Every linear layer that a LoRA file may name (all but the re-ordered last one)."""
-        return {
-            fusion.published: fusion.inner
-            for fusion in fusions(TABLE, transformer)
-            if isinstance(transformer.get_submodule(fusion.inner[0]), nn.Linear)
-            and not fusion.row.halves_swapped
-        }
-
-    def lora_targets(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Attention and MLP layers of the blocks: 8 of each double and 2 of each single block.
-
-        Modulation layers are left out, as trainers of this family do by default.
-        """
-        return {
-            published: inner
-            for published, inner in self.published_linears(transformer).items()
-            if published.startswith(("double_blocks.", "single_blocks."))
-            and not published.endswith(("_mod.lin", "modulation.lin"))
-        }
 
     def predict_velocity(
         self, transformer: nn.Module, noisy_BCTHW: Tensor, t_B: Tensor, conditions: Conditions

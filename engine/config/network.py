@@ -12,9 +12,10 @@ from ..config_types import Paths, PathSetting, parse_arguments
 from .group import Group
 
 _MOST_CHARACTERS = 1000  # of a pattern
+Kind = Literal["lora", "loha", "lokr"]
 _LORA_MODULES = ("lora", "lora_flux", "lora_wan", "lora_framepack", "lora_qwen_image")
 # What the names of modules, which come from musubi-tuner, mean.
-KINDS = {
+KINDS: dict[str, Kind] = {
     **{f"networks.{name}": "lora" for name in _LORA_MODULES},
     "networks.loha": "loha",
     "networks.lokr": "lokr",
@@ -34,6 +35,10 @@ def _check_patterns(values: list[str]) -> list[str]:
 def _check_pattern(value: str) -> None:
     if len(value) > _MOST_CHARACTERS:
         raise ValueError(f"patterns of at most {_MOST_CHARACTERS} characters")
+    if re.search(r"[\x00-\x1f]", value):
+        raise ValueError(
+            f"patterns without control characters (not {value!r}); write r before the quotes"
+        )
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
@@ -222,8 +227,7 @@ class NetworkConfig(Group):
     )
 
     @property
-    def kind(self) -> str:
-        """lora, loha or lokr."""
+    def kind(self) -> Kind:
         return KINDS[self.network_module]
 
     @property

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from .. import compile, flow, hardware, lora, optimizers, plugins, seeds
+from .. import compile, flow, hardware, optimizers, plugins, seeds
 from ..architectures.base import Architecture
 from ..config import Config, TrainingConfig
 from ..dataset import CachedItem
 from ..errors import ConfigError
-from . import tracking
+from ..networks.network import Network
+from . import network_plan, tracking
 from .objective import objective_of
 from .plan import Plan, TimeDraws, schedule_settings
 from .step import OptimizerStep, VelocityModel
@@ -28,13 +29,15 @@ from .times import sample_times
 class Built:
     """``model`` is what ``take_step`` trains, without DDP's wrapper.
 
-    ``shapes`` are (out, in) of every layer of its transformer that a LoRA may name.
+    ``shapes`` are those of the weight of every layer of its transformer that a LoRA may name.
+    ``remarks`` are sentences on what was done to make it.
     """
 
     take_step: OptimizerStep
-    network: lora.LoRANetwork
-    shapes: dict[str, tuple[int, int]]
+    network: Network
+    shapes: dict[str, tuple[int, ...]]
     model: VelocityModel
+    remarks: tuple[str, ...] = ()
 
     @property
     def transformer(self) -> nn.Module:
@@ -70,7 +73,9 @@ def check(config: Config) -> None:
     allowed = plugins.allowed_packages(os.environ)
     optimizer, validation = config.optimizer, config.validation
     device = hardware.find_device(config.runtime.device)
+    network_plan.check(config.network)
     optimizers.check(optimizer.optimizer_type, optimizer.arguments, allowed, device=device)
+    _check_optimizer_of_network(config)
     compile.check(compile_settings(config.training), device)
     tracking.check(config)
     wanted = [
@@ -98,14 +103,9 @@ def build(
     transformer = architecture.load_transformer(
         config.model.dit, dtype=hardware.DTYPES[precision], device=device
     )
-    shapes = lora.linear_shapes(transformer, architecture.published_linears(transformer))
-    network = lora.inject(
-        transformer,
-        architecture.lora_targets(transformer),
-        rank=config.network.network_dim,
-        alpha=config.network.alpha,
-        generator=seeds.generator(config.runtime.seed, "lora"),
-    )
+    planned = network_plan.plan_network(config, architecture, transformer)
+    remarks = network_plan.merge_base_weights(config, architecture, transformer)
+    network = planned.put_on(transformer, seeds.generator(config.runtime.seed, "lora"))
     if config.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
     compile.compile_blocks(
@@ -120,7 +120,7 @@ def build(
     take_step = OptimizerStep(
         model=wrapped,
         parameters=parameters,
-        optimizer=_optimizer(config, parameters, plan),
+        optimizer=_optimizer(config, network, plan),
         scaler=GradScaler(device.type, enabled=precision == "fp16"),
         draw_times=TimeDraws(config, items, plan),
         sample_times=sample_times(config.timesteps, architecture),
@@ -131,8 +131,12 @@ def build(
         no_sync=lambda: accelerator.no_sync(wrapped),
         objective=objective_of(config.loss),
         without_adapters=network.disabled,
+        has_dropout=network.has_dropout,
+        limit_norms=_norm_limit(config, network),
     )
-    return Built(take_step, network, shapes, model)
+    if config.network.arguments.verbose:
+        remarks.append(planned.describe(verbose=True))
+    return Built(take_step, network, planned.shapes, model, (*remarks, *planned.remarks))
 
 
 def compile_settings(training: TrainingConfig) -> compile.CompileSettings:
@@ -146,22 +150,54 @@ def compile_settings(training: TrainingConfig) -> compile.CompileSettings:
 
 
 def remarks(config: Config, built: Built, plan: Plan) -> list[str]:
-    """Sentences on settings that do not apply, or make little sense together."""
+    """Sentences on what was done, and on settings that make little sense together."""
     settings = config.optimizer
-    return optimizers.remarks(
+    return [*built.remarks] + optimizers.remarks(
         built.take_step.optimizer,
         lr_scheduler=settings.lr_scheduler_type or settings.lr_scheduler,
         warmup_steps=schedule_settings(settings, plan.total_steps).warmup_steps,
     )
 
 
-def _optimizer(
-    config: Config, parameters: Sequence[nn.Parameter], plan: Plan
-) -> torch.optim.Optimizer:
+def _norm_limit(config: Config, network: Network) -> Callable[[], Tensor] | None:
+    maximum = config.network.scale_weight_norms
+    if maximum is None:
+        return None
+    return lambda: torch.stack([each.float() for each in network.limit_norms(maximum)])
+
+
+def _check_optimizer_of_network(config: Config) -> None:
+    """Whether the optimizer can do what the network asks for, tried on two numbers.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    ratio, settings = config.network.arguments.loraplus_lr_ratio, config.optimizer
+    groups = [
+        optimizers.ParameterGroup("lora", [nn.Parameter(torch.zeros(2, 2))]),
+        optimizers.ParameterGroup("lora plus", [nn.Parameter(torch.zeros(2, 2))], ratio or 1.0),
+    ]
+    if not ratio and not config.network.scale_weight_norms:
+        return
+    optimizer = optimizers.create(
+        settings.optimizer_type,
+        groups,
+        lr=settings.learning_rate,
+        arguments=settings.arguments,
+        allowed=plugins.allowed_packages(os.environ),
+    )
+    if config.network.scale_weight_norms and optimizers.averages(optimizer):
+        raise ConfigError(
+            f"scale_weight_norms does not go with {settings.optimizer_type}, which keeps an "
+            "average of the weights by itself; remove it, or use AdamW"
+        )
+
+
+def _optimizer(config: Config, network: Network, plan: Plan) -> torch.optim.Optimizer:
     settings = config.optimizer
     return optimizers.create(
         settings.optimizer_type,
-        [optimizers.ParameterGroup("lora", parameters)],
+        network.parameter_groups(config.network.arguments.loraplus_lr_ratio),
         lr=settings.learning_rate,
         arguments=settings.arguments,
         allowed=plugins.allowed_packages(os.environ),

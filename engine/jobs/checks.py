@@ -196,10 +196,7 @@ def _what(needs: Needs, todo: CachePlan) -> Iterator[str]:
         f"optimizer steps: {plan.total_steps}{done}; batches per step: {plan.batches_per_step}; "
         f"epochs: {plan.total_steps * plan.batches_per_step / plan.batches_per_epoch:.1f}"
     )
-    yield (
-        f"LoRA: rank {config.network.network_dim}, layers: {len(needs.network.adapters)}, "
-        f"trained numbers: {needs.num_trained:,}"
-    )
+    yield needs.planned.summary()
 
 
 def _needed(needs: Needs, files: outputs.RunFiles) -> Iterator[str]:

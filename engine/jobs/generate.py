@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import hardware, lora, lora_file, prompts
+from .. import hardware, prompts
 from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config, GenerateConfig
 from ..errors import ConfigError, DataError
-from ..events import Finished, Progress, Reporter, Saved
+from ..events import Finished, Message, Progress, Reporter, Saved, silent
 from ..signals import Stopped, StopSignals
 from .cache import load_text_encoders
+from .network_plan import merge_file
 from .picture import (
     SamplingSettings,
     check_size,
@@ -72,15 +73,16 @@ def run(config: Config, report: Reporter) -> list[Path]:
     return paths
 
 
-def load_with_loras(config: Config, architecture: Architecture, device: torch.device) -> nn.Module:
+def load_with_loras(
+    config: Config, architecture: Architecture, device: torch.device, report: Reporter = silent
+) -> nn.Module:
     """The transformer with every ``lora_weight`` merged at its multiplier."""
     assert config.model.dit is not None
     dtype = hardware.DTYPES[config.training.mixed_precision]
     transformer = architecture.load_transformer(config.model.dit, dtype=dtype, device=device)
-    linears = architecture.published_linears(transformer)
-    shapes = lora.linear_shapes(transformer, linears)
     for path, multiplier in config.generate.loras:
-        lora.merge(transformer, linears, lora_file.load_lora(path, shapes), multiplier=multiplier)
+        for told in merge_file(path, multiplier, architecture, transformer):
+            report(Message(told))
     return transformer
 
 
@@ -129,7 +131,7 @@ def _sampled(
 ) -> Iterator[Tensor]:
     """Latents for each of the conditions."""
     width, height = config.generate.image_size
-    transformer = load_with_loras(config, architecture, device)
+    transformer = load_with_loras(config, architecture, device, report)
     noise = initial_noise(architecture, width=width, height=height, seed=config.runtime.seed)
     sampling = sampling_settings(config.generate, architecture, (width, height))
     clock = _Clock(len(conditions) * sampling.num_steps, report)

@@ -181,7 +181,16 @@ class TrainingLoop:
             result, flag = _over_processes(self.accelerator, result, asked)
             epoch = plan.epoch_after(self.step)
             usual = graphs == compile.compiled_graphs()  # to compile takes long
-            log.record(self.step, epoch, rate, result, norm=norm, stop=flag, is_usual=usual)
+            log.record(
+                self.step,
+                epoch,
+                rate,
+                result,
+                norm=norm,
+                max_norms=take_step.max_norms,
+                stop=flag,
+                is_usual=usual,
+            )
             if self.accelerator.is_main_process:
                 self._between_steps(log, wanted)
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from .. import activations, hardware, lora, memory, optimizers, plugins, seeds
+from .. import activations, hardware, memory, optimizers, plugins, seeds
 from ..architectures.base import Architecture
 from ..config import Config
 from ..dataset import KEEP_IN_MEMORY_BYTES, CachedItem
+from ..networks.network import Network
+from .network_plan import NetworkPlan, check_base_weights, plan_network
 from .plan import Plan
 
 # oneDNN makes machine code for every size of product in half precision when it first comes: about
@@ -40,7 +42,8 @@ class Needs:
     config: Config
     architecture: Architecture
     transformer: nn.Module
-    network: lora.LoRANetwork
+    network: Network
+    planned: NetworkPlan
     items: Sequence[CachedItem]
     plan: Plan
     device: torch.device
@@ -173,15 +176,12 @@ def needs_of(
     """Puts adapters on ``transformer``, which is an `Architecture.empty_transformer`."""
     # Not its own method, in which diffusers warns about types that no model of ours has.
     nn.Module.to(transformer, dtype=hardware.DTYPES[config.training.mixed_precision])
+    planned = plan_network(config, architecture, transformer)
+    check_base_weights(config, architecture, planned.shapes)
     with torch.device("meta"):
-        network = lora.inject(
-            transformer.train(),
-            architecture.lora_targets(transformer),
-            rank=config.network.network_dim,
-            alpha=config.network.alpha,
-            generator=seeds.generator(config.runtime.seed, "lora"),
-        )
-    return Needs(config, architecture, transformer, network, items, plan, device)
+        generator = seeds.generator(config.runtime.seed, "lora")
+        network = planned.put_on(transformer.train(), generator)
+    return Needs(config, architecture, transformer, network, planned, items, plan, device)
 
 
 def num_batch_shapes(items: Sequence[CachedItem], batch_size: int) -> int:

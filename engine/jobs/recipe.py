@@ -7,8 +7,9 @@ from typing import Any
 
 from .. import training_state
 from ..architectures.base import Architecture
-from ..config import FIELDS, Config
+from ..config import FIELDS, Config, NetworkConfig
 from ..errors import ConfigError
+from ..weights import fingerprint
 
 _OF_TRAINING = ("gradient_accumulation_steps", "mixed_precision")
 _OF_COMPILER = ("dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic")
@@ -19,12 +20,25 @@ def recipe_of(config: Config, architecture: Architecture, num_processes: int) ->
     named = (*_OF_TRAINING, *_OF_COMPILER, "batch_size", "seed")
     return {
         "architecture": architecture.name,
-        **config.network.model_dump(mode="json"),
+        **_network(config.network),
         **config.optimizer.model_dump(mode="json"),
         **config.timesteps.model_dump(mode="json"),
         **config.loss.model_dump(mode="json"),
         **{name: config.value(name) for name in named},
         "num_processes": num_processes,
+    }
+
+
+def _network(network: NetworkConfig) -> dict[str, Any]:
+    """Files by what is in them, and arguments in one spelling."""
+    given = network.arguments.model_dump(exclude_defaults=True, exclude={"verbose"})
+    start = network.network_weights
+    return {
+        **network.model_dump(mode="json"),
+        "network_args": [f"{name}={value!r}" for name, value in sorted(given.items())],
+        "network_weights": None if start is None else fingerprint(start),
+        "base_weights": [fingerprint(path) for path, _ in network.base_loras],
+        "base_weights_multiplier": [multiplier for _, multiplier in network.base_loras],
     }
 
 

@@ -48,6 +48,7 @@ class RunLog:
             seconds=step.seconds,
             gradient_norm=step.grad_norm,
             memory_mib=hardware.peak_memory_mib(self._device),
+            max_norms=step.max_norms,
         )
         if (mean := self._add(step)) is not None:
             self._tracking.log_epoch(step.step, mean)

@@ -19,8 +19,8 @@ from ..architectures.base import Architecture
 from ..atomic_file import write_text
 from ..config import Config
 from ..config_file import to_toml
-from ..events import Reporter, Saved
-from ..lora import LoRANetwork
+from ..events import Message, Reporter, Saved
+from ..networks.network import Network
 from ..time_statistics import TimeStatistics
 from . import metadata, outputs
 from .plan import Plan
@@ -33,7 +33,7 @@ class RunSaver:
     """Owns the files of one run; only the main process of several lets it write.
 
     Args:
-        shapes: (out, in) of every layer of the model that a LoRA may name.
+        shapes: of the weight of every layer of the model that a LoRA may name.
         recipe: the settings that decide the result.
         data: identity of the training data.
         statistics: gives the loss at each noise level.
@@ -45,8 +45,8 @@ class RunSaver:
     config: Config
     architecture: Architecture
     files: outputs.RunFiles
-    network: LoRANetwork
-    shapes: lora_file.LinearShapes
+    network: Network
+    shapes: lora_file.LayerShapes
     optimizer: Optimizer
     scaler: GradScaler
     recipe: dict[str, Any]
@@ -80,13 +80,17 @@ class RunSaver:
             started=self.started,
         )
         with self.averaged(), outputs.explained(path):
-            lora_file.save_lora(
+            remarks = lora_file.save_adapters(
                 path,
                 self.network.weights(),
+                self.architecture.layer_names,
                 self.shapes,
+                format=config.output.save_format,
                 dtype=hardware.DTYPES[config.output.save_precision],
                 metadata=facts,
             )
+        for remark in remarks:
+            self.report(Message(remark))
         self.report(Saved(str(path), "lora", step))
 
     def save_state(self, path: Path, step: int) -> None:

@@ -68,11 +68,14 @@ class OptimizerStep:
         loss_weight: weighs each sample's loss by its time; None weighs all alike.
         no_sync: gives the context for all gradients but the last (DDP).
         objective: what the batches are trained towards.
-        without_adapters: `LoRANetwork.disabled`; needed for what the objective compares with the
+        without_adapters: `Network.disabled`; needed for what the objective compares with the
             model as it was.
+        has_dropout: the adapters draw from the global generators, which are seeded for each batch.
+        limit_norms: called after each change; gives what is logged of it, see
+            `Network.limit_norms`.
 
-    ``statistics`` are the losses of all steps before weights, those of regularization images left
-    out; each process has its own.
+    ``max_norms`` is what it gave last. ``statistics`` are the losses of all steps before weights,
+    those of regularization images left out; each process has its own.
     """
 
     model: nn.Module
@@ -88,6 +91,9 @@ class OptimizerStep:
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
     objective: Objective = PLAIN
     without_adapters: WithoutAdapters | None = None
+    has_dropout: bool = False
+    limit_norms: Callable[[], Tensor] | None = None
+    max_norms: Tensor | None = field(default=None, init=False)
     statistics: TimeStatistics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +115,8 @@ class OptimizerStep:
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in batches:
             given = self._add_noise(index, batch)
+            if self.has_dropout:
+                torch.manual_seed(seeds.derive(self.seed, "dropout", index))
             last = len(losses) == num_batches - 1
             losses.append(self._add_gradient(given, num_batches, last=last))
             times.append(given.t_B.mean())
@@ -128,6 +136,8 @@ class OptimizerStep:
             norm = nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.limit_norms:
+            self.max_norms = self.limit_norms()
         return norm
 
     def _add_noise(self, index: int, batch: Batch) -> NoisyBatch:

@@ -42,6 +42,7 @@ class _Pending:
     epoch: int
     learning_rate: float
     has_norm: bool
+    has_max_norms: bool
     is_usual: bool
     reading: _Reading
 
@@ -85,6 +86,7 @@ class StepLog:
         result: StepResult,
         *,
         norm: Tensor | None = None,
+        max_norms: Tensor | None = None,
         stop: Tensor | None = None,
         is_usual: bool = True,
     ) -> None:
@@ -92,6 +94,7 @@ class StepLog:
 
         Args:
             norm: of the gradient.
+            max_norms: [3], see `loss_history.Step`.
             stop: above 0 if the run was asked to stop.
             is_usual: it took about as long as others will; else it counts for no mean time.
 
@@ -99,10 +102,12 @@ class StepLog:
             Diverged: by ``observe``, for the reported step.
         """
         self.flush()
-        extra = [value for value in (norm, stop) if value is not None]
+        norms = [] if max_norms is None else list(max_norms.unbind())
+        extra = [value for value in (norm, *norms, stop) if value is not None]
         reading = _Reading(result.loss, result.t, *(value.to(result.loss) for value in extra))
-        has_norm = norm is not None
-        self._pending = _Pending(step, epoch, learning_rate, has_norm, is_usual, reading)
+        self._pending = _Pending(
+            step, epoch, learning_rate, norm is not None, bool(norms), is_usual, reading
+        )
         if reading.is_ready:
             self.flush()
 
@@ -117,12 +122,22 @@ class StepLog:
         pending, self._pending = self._pending, None
         loss, t, *more = pending.reading.values()
         norm = more.pop(0) if pending.has_norm else None
+        max_norms = tuple(more.pop(0) for _ in range(3)) if pending.has_max_norms else None
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.stop_requested = any(more)
         self._observe(pending.step, loss)
         smoothed = self._smoothed.add(loss)
-        step = Step(pending.step, pending.epoch, loss, pending.learning_rate, t, seconds, norm)
+        step = Step(
+            pending.step,
+            pending.epoch,
+            loss,
+            pending.learning_rate,
+            t,
+            seconds,
+            norm,
+            max_norms,
+        )
         for sink in self._sinks:
             sink(step, smoothed)
         self._report(self._progress(step, is_usual=pending.is_usual))

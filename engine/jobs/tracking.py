@@ -136,8 +136,12 @@ class Tracking:
         seconds: float,
         gradient_norm: float | None = None,
         memory_mib: float | None = None,
+        max_norms: tuple[float, ...] | None = None,
     ) -> None:
-        """An optimizer step; the learning rates by group of parameters."""
+        """An optimizer step; the learning rates by group of parameters.
+
+        Of ``max_norms`` see `loss_history.Step`.
+        """
         if not self.is_active:
             return
         known = {
@@ -148,6 +152,9 @@ class Tracking:
             "time/step_seconds": seconds,
             "memory/peak_mib": memory_mib,
         }
+        if max_norms:
+            names = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
+            known |= dict(zip(names, max_norms, strict=True))
         self._log(step, {name: value for name, value in known.items() if value is not None})
 
     def log_validation(self, step: int, loss: float) -> None:

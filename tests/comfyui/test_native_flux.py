@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from pack.engine import flow, lora, lora_file, media, seeds
+from pack.engine import flow, media, seeds
+from pack.engine.adapter_weights import LoRAWeights
 from pack.engine.demo import draw
 from pack.engine.demo.pictures import Picture
 from pack.engine.jobs.generate import SamplingSettings, initial_noise, sample
+from pack.engine.jobs.network_plan import merge_file
+from pack.engine.lora_file import save_adapters
+from pack.engine.lora_targets import select
 from pack.engine.weights import open_checkpoint
 from pack.tests.comfyui.conftest import ComfyUI
+from pack.tests.engine.jobs import tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,18 +39,18 @@ class Outcome:
     facts: dict[str, str]
 
 
-def random_lora(path: Path, model: draw.TinyModel) -> dict[str, lora.LoRAWeights]:
-    shapes = lora.linear_shapes(model.transformer, FLUX.published_linears(model.transformer))
+def random_lora(path: Path, model: draw.TinyModel) -> dict[str, LoRAWeights]:
+    shapes = tiny.layer_shapes(model.transformer)
     generator = seeds.generator(0, "test")
     weights = {
-        name: lora.LoRAWeights(
+        name: LoRAWeights(
             torch.randn(4, shapes[name][1], generator=generator) * 0.1,
             torch.randn(shapes[name][0], 4, generator=generator) * 0.1,
             alpha=2.0,
         )
-        for name in FLUX.lora_targets(model.transformer)
+        for name in select(shapes, FLUX.layer_names)
     }
-    lora_file.save_lora(path, weights, shapes, dtype=torch.float32, metadata={})
+    save_adapters(path, weights, FLUX.layer_names, shapes, dtype=torch.float32, metadata={})
     return weights
 
 
@@ -84,8 +89,7 @@ def outcome(
     settings = SamplingSettings(STEPS, SHIFT, GUIDANCE)
     ours = {"encoded": latents, "decoded": model.autoencoder.decode(latents)}
     ours["base"] = sample(FLUX, model.transformer, noise, conditions, settings)
-    linears = FLUX.published_linears(model.transformer)
-    lora.merge(model.transformer, linears, weights, multiplier=1.0)
+    merge_file(folder / "lora.safetensors", 1.0, FLUX, model.transformer)
     ours["tuned"] = sample(FLUX, model.transformer, noise, conditions, settings)
     yield Outcome(
         ours,

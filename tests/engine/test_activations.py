@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pack.engine import lora, seeds
 from pack.engine.activations import peak_bytes
 from pack.engine.architectures.flux_kontext import FluxKontext
+from pack.tests.engine.jobs import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -94,9 +94,7 @@ def flux(*, num_double: int, num_single: int) -> nn.Module:
             guidance_embeds=True,
         )
         transformer = transformer.requires_grad_(False).train()
-        targets = FLUX.lora_targets(transformer)
-        generator = seeds.generator(0, "lora")
-        lora.inject(transformer, targets, rank=8, alpha=8, generator=generator)
+        tiny.put_lora(transformer, rank=8)
     return transformer
 
 

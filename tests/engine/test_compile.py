@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from pack.engine import lora, seeds
 from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.compile import (
     CompileSettings,
@@ -17,6 +16,8 @@ from pack.engine.compile import (
 )
 from pack.engine.config_types import DYNAMO_BACKENDS
 from pack.engine.errors import ConfigError, EngineError
+from pack.engine.networks.network import Network
+from pack.tests.engine.jobs import tiny
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ class Block(nn.Module):
         return torch.tanh(self.inner(x))
 
 
-def flux(*, num_double: int = 1, num_single: int = 2) -> tuple[nn.Module, lora.LoRANetwork]:
+def flux(*, num_double: int = 1, num_single: int = 2) -> tuple[nn.Module, Network]:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -59,16 +60,14 @@ def flux(*, num_double: int = 1, num_single: int = 2) -> tuple[nn.Module, lora.L
         guidance_embeds=True,
     )
     transformer = transformer.requires_grad_(False).train()
-    targets = FLUX.lora_targets(transformer)
-    generator = seeds.generator(0, "lora")
-    network = lora.inject(transformer, targets, rank=4, alpha=4, generator=generator)
-    for adapter in network.adapters.values():
-        nn.init.normal_(adapter.lora_B, std=0.02)
+    network = tiny.put_lora(transformer, rank=4)
+    for [parameter] in (adapter.up_side() for adapter in network.adapters.values()):
+        nn.init.normal_(parameter, std=0.02)
     return transformer, network
 
 
 def loss_and_gradient(
-    transformer: nn.Module, network: lora.LoRANetwork, *, side: int = 4
+    transformer: nn.Module, network: Network, *, side: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Of one batch of ``side`` x ``side`` latents, always the same."""
     generator = torch.Generator().manual_seed(side)

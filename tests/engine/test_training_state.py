@@ -10,7 +10,8 @@ import torch
 from pack.engine import optimizer_state
 from pack.engine.config_types import OPTIMIZERS
 from pack.engine.errors import CheckpointError
-from pack.engine.lora import inject
+from pack.engine.networks.network import inject
+from pack.engine.networks.settings import LayerSettings
 from pack.engine.optimizers import ParameterGroup, create, evaluating
 from pack.engine.plugins import WELL_KNOWN
 from pack.engine.training_state import (
@@ -43,9 +44,10 @@ class Run:
         torch.manual_seed(0)
         layers = nn.Linear(size, size), nn.Linear(size, size - 1)
         self.model = nn.Sequential(*layers).requires_grad_(False)
-        targets = {"a.0": ("0",), "b": ("1",)}
+        settings = LayerSettings("lora", rank, alpha=2)
+        targets = {"a.0": (("0",), settings), "b": (("1",), settings)}
         generator = torch.Generator().manual_seed(1)
-        self.network = inject(self.model, targets, rank=rank, alpha=2, generator=generator)
+        self.network = inject(self.model, targets, generator=generator)
         parameters = list(self.network.parameters())
         groups = [ParameterGroup("lora", parameters)]
         if ratio:
@@ -249,10 +251,7 @@ def test_a_state_before_the_first_step_can_be_continued(tmp_path: Path) -> None:
 
 def write_format_1(path: Path, run: Run) -> None:
     """As the first version of the engine wrote it."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in run.network.adapters.items():
-        tensors[f"lora.{name}.A"] = adapter.lora_A.detach()
-        tensors[f"lora.{name}.B"] = adapter.lora_B.detach()
+    tensors = {f"lora.{name}": each.detach() for name, each in run.network.named_tensors().items()}
     for index, entries in run.optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             tensors[f"optimizer.{index}.{key}"] = value

@@ -9,6 +9,8 @@ import pytest
 import torch
 from pack.engine.architectures.flux_kontext import TABLE, FluxKontext
 from pack.engine.key_table import fusions
+from pack.engine.layer_names import published_layers
+from pack.engine.lora_targets import select
 from pack.tests.conftest import ROOT
 from pack.tests.references import flux_reference, tiny_checkpoints
 from safetensors.torch import load_file, save_file
@@ -276,7 +278,9 @@ def test_a_real_size_model_has_the_published_lora_targets() -> None:
 
     with init_empty_weights():
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-    targets = KONTEXT.lora_targets(transformer)
+    layers = published_layers(KONTEXT.layer_names, transformer)
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    targets = {name: layers[name].inner for name in select(shapes, KONTEXT.layer_names)}
     assert len(targets) == 228
     assert targets["double_blocks.18.txt_mlp.2"] == ("transformer_blocks.18.ff_context.net.2",)
     assert [name.rsplit(".", 1)[1] for name in targets["single_blocks.37.linear1"]] == [

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pack.engine import lora, lora_file, media, seeds
+from pack.engine import media, seeds
+from pack.engine.adapter_weights import LoRAWeights
 from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.errors import CheckpointError, ConfigError, DataError
 from pack.engine.events import Event, Finished, Progress, Saved
 from pack.engine.jobs import generate
 from pack.engine.jobs.generate import SamplingSettings, initial_noise, load_with_loras, sample
+from pack.engine.lora_file import read_lora, save_adapters
+from pack.engine.lora_targets import select
 from pack.engine.signals import Stopped
 from pack.engine.weights import save_tensors
 from pack.tests.engine.jobs import tiny
@@ -29,19 +32,19 @@ def loras(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two LoRAs with random weights that change pictures visibly."""
     folder = tmp_path_factory.mktemp("loras")
     transformer = FLUX.load_transformer(tiny.model_settings(model)["dit"], dtype=torch.float32)
-    shapes = lora.linear_shapes(transformer, FLUX.published_linears(transformer))
+    shapes = tiny.layer_shapes(transformer)
     paths = [folder / "first.safetensors", folder / "second.safetensors"]
     for seed, path in enumerate(paths):
         generator = seeds.generator(seed, "test")
         weights = {
-            name: lora.LoRAWeights(
+            name: LoRAWeights(
                 torch.randn(4, shapes[name][1], generator=generator) * 0.3,
                 torch.randn(shapes[name][0], 4, generator=generator) * 0.3,
                 alpha=2.0,
             )
-            for name in FLUX.lora_targets(transformer)
+            for name in select(shapes, FLUX.layer_names)
         }
-        lora_file.save_lora(path, weights, shapes, dtype=torch.float32, metadata={})
+        save_adapters(path, weights, FLUX.layer_names, shapes, dtype=torch.float32, metadata={})
     return paths
 
 
@@ -144,18 +147,10 @@ def test_a_merged_lora_does_what_the_trained_adapters_did(
     transformer = load_with_loras(merged, FLUX, torch.device("cpu"))
 
     injected = FLUX.load_transformer(settings["dit"], dtype=torch.float32)
-    shapes = lora.linear_shapes(injected, FLUX.published_linears(injected))
-    network = lora.inject(
-        injected,
-        FLUX.lora_targets(injected),
-        rank=4,
-        alpha=2.0 * multiplier,
-        generator=torch.Generator(),
-    )
-    with torch.no_grad():
-        for name, stored in lora_file.load_lora(loras[0], shapes).items():
-            network.adapters[name].lora_A.copy_(stored.down_RI)
-            network.adapters[name].lora_B.copy_(stored.up_OR)
+    network = tiny.put_lora(injected, rank=4, alpha=2.0)
+    network.load(read_lora(loras[0], [FLUX.layer_names]).layers)
+    for adapter in network.adapters.values():
+        adapter.scale *= multiplier
 
     def latents(module: torch.nn.Module) -> Tensor:
         conditions = {"text_embeds": torch.ones(1, 8, 64), "pooled": torch.ones(1, 64)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.engine import lora, media, seeds
+from pack.engine import media
 from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.config import SamplesConfig
 from pack.engine.events import Event, Message, Progress, Saved, silent
@@ -36,13 +36,7 @@ class Run:
         self.plan = prepare(tiny.config(self.settings), FLUX, silent)
         self.files = RunFiles(folder, "tiny")
         self.transformer = FLUX.load_transformer(settings["dit"], dtype=torch.float32)
-        self.network = lora.inject(
-            self.transformer,
-            FLUX.lora_targets(self.transformer),
-            rank=2,
-            alpha=2,
-            generator=seeds.generator(0, "lora"),
-        )
+        self.network = tiny.put_lora(self.transformer, rank=2)
         self.transformer.train()
         self.events: list[Event] = []
 

@@ -12,14 +12,19 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from pack.engine import lora, lora_file, training_state
+from pack.engine import training_state
+from pack.engine.adapter_weights import LoRAWeights
 from pack.engine.architectures.flux_kontext import FluxKontext
+from pack.engine.architectures.flux_names import NAMES as FLUX_NAMES
 from pack.engine.config_file import load_config
 from pack.engine.errors import CheckpointError, EngineError
 from pack.engine.events import Event, Saved
 from pack.engine.jobs.outputs import RunFiles
 from pack.engine.jobs.plan import Plan
 from pack.engine.jobs.saving import RunSaver
+from pack.engine.lora_file import read_lora
+from pack.engine.networks.network import inject
+from pack.engine.networks.settings import LayerSettings
 from pack.engine.optimizers import ParameterGroup, create
 from pack.engine.time_statistics import TimeStatistics
 from pack.engine.weights import open_checkpoint
@@ -37,8 +42,9 @@ class Run:
     def __init__(self, folder: Path, *, width: int = 4, **settings: Any) -> None:
         self.events: list[Event] = []
         model = nn.Sequential(nn.Linear(width, width)).requires_grad_(False)
-        network = lora.inject(
-            model, {NAME: ("0",)}, rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+        adapter = LayerSettings("lora", rank=2, alpha=2)
+        network = inject(
+            model, {NAME: (("0",), adapter)}, generator=torch.Generator().manual_seed(0)
         )
         group = ParameterGroup("lora", list(network.parameters()))
         optimizer = create("AdamW", [group], lr=0.1, arguments={}, allowed=())
@@ -70,8 +76,9 @@ class Run:
 
     def value(self, path: Path) -> float:
         """The number that a whole LoRA file is filled with."""
-        weights = lora_file.load_lora(path, self.shapes)[NAME]
-        found = torch.cat([weights.down_RI.flatten(), weights.up_OR.flatten()]).unique()
+        weights = read_lora(path, [FLUX_NAMES], shapes=self.shapes).layers[NAME]
+        assert isinstance(weights, LoRAWeights)
+        found = torch.cat([weights.down.flatten(), weights.up.flatten()]).unique()
         assert found.numel() == 1
         return found.item()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pack.engine import lora, lora_file
+from pack.engine.adapter_weights import LoRAWeights
 from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.config_file import load_config
 from pack.engine.dataset import epoch_batches
@@ -19,6 +19,7 @@ from pack.engine.errors import ConfigError, EngineError
 from pack.engine.events import Event, Finished, Message, Progress, Saved
 from pack.engine.jobs import cache, train
 from pack.engine.jobs.outputs import RunFiles
+from pack.engine.lora_file import read_lora
 from pack.engine.loss_history import Step, read_history
 from pack.engine.signals import Stopped
 from pack.engine.training_state import read_progress
@@ -106,8 +107,8 @@ def test_the_lora_has_every_target_under_its_published_name(
     run(training, output_dir=tmp_path, max_train_steps=2, network_alpha=2.0)
 
     transformer = FLUX.load_transformer(training["dit"], dtype=torch.float32)
-    shapes = lora.linear_shapes(transformer, FLUX.published_linears(transformer))
-    weights = lora_file.load_lora(tmp_path / "tiny.safetensors", shapes)
+    shapes = tiny.layer_shapes(transformer)
+    weights = read_lora(tmp_path / "tiny.safetensors", [FLUX.layer_names], shapes=shapes).layers
     blocks = [
         f"double_blocks.{index}.{stream}_{layer}"
         for index in range(2)
@@ -116,9 +117,9 @@ def test_the_lora_has_every_target_under_its_published_name(
     ] + [f"single_blocks.{index}.{layer}" for index in range(4) for layer in ("linear1", "linear2")]
     assert weights.keys() == set(blocks)
     for name, adapter in weights.items():
-        assert adapter.down_RI.shape == (4, shapes[name][1]) and adapter.alpha == 2
-        assert adapter.up_OR.shape == (shapes[name][0], 4) and adapter.up_OR.any()
-        assert adapter.up_OR.dtype == torch.bfloat16
+        assert isinstance(adapter, LoRAWeights) and (adapter.rank, adapter.alpha) == (4, 2)
+        assert adapter.shape == shapes[name] and adapter.up.any()
+        assert adapter.up.dtype == torch.bfloat16
     metadata = open_checkpoint(tmp_path / "tiny.safetensors").metadata
     assert metadata["ss_steps"] == metadata["ss_max_train_steps"] == "2"
     assert metadata["ss_timestep_sampling"] == "flux_shift"

@@ -9,19 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pack.engine import seeds
 from pack.engine.autoencoders import save_taesd
 from pack.engine.config import FIELDS, GROUP_OF, GROUPS, Config
 from pack.engine.demo import draw, make, train_base
 from pack.engine.demo.pictures import all_pictures
 from pack.engine.events import silent
 from pack.engine.jobs import cache
+from pack.engine.jobs.network_plan import plan_network
+from pack.engine.layer_names import published_layers
+from pack.engine.networks.network import Network
 from pack.engine.weights import open_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 # What tells two files of equal runs apart.
-TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
+# What differs between files of the same training.
+VARYING = {
+    "lora_loom.recipe",
+    "modelspec.date",
+    "ss_session_id",
+    "ss_training_started_at",
+    "ss_training_finished_at",
+}
 CAPTIONS = ("a red star", "a blue ring on a cream background", "a small green heart")
 
 
@@ -104,6 +115,19 @@ def training_settings(model: Path, folder: Path) -> dict[str, Any]:
     return settings
 
 
+def put_lora(transformer: nn.Module, *, rank: int, alpha: float | None = None) -> Network:
+    """A LoRA on the layers of a FLUX that are trained by default; its values never change."""
+    settings = config(network_dim=rank, network_alpha=alpha)
+    planned = plan_network(settings, draw.ARCHITECTURE, transformer)
+    return planned.put_on(transformer, seeds.generator(0, "lora"))
+
+
+def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every layer of a FLUX that a LoRA may name."""
+    layers = published_layers(draw.ARCHITECTURE.layer_names, transformer)
+    return {name: layer.shape for name, layer in layers.items()}
+
+
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     return load_file(path), open_checkpoint(path).metadata
@@ -113,7 +137,7 @@ def assert_same_file(first: Path, second: Path, *, but: Collection[str] = ()) ->
     """Every tensor is the same bit for bit, and so is all metadata but the times and ``but``."""
     tensors, metadata = contents(first)
     others, other_metadata = contents(second)
-    keys = (metadata.keys() | other_metadata.keys()) - TIMES - set(but)
+    keys = (metadata.keys() | other_metadata.keys()) - VARYING - set(but)
     assert {key: metadata.get(key) for key in keys} == {
         key: other_metadata.get(key) for key in keys
     }

@@ -16,6 +16,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
+from . import lora_command
 from .config import Config
 from .config_file import load_config, to_toml
 from .console import ConsoleReporter, json_lines
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
-    if unknown and parsed.job not in _JOBS:
+    takes_settings = parsed.job in _JOBS or vars(parsed).get("tool") == "targets"
+    if unknown and not takes_settings:
         raise ConfigError(f"{parsed.job} does not take {' '.join(unknown)}")
     if parsed.job == "options":
         _print(reference())
@@ -64,6 +66,9 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
 
         wait, as_json = parsed.wait, parsed.json
         control.run(parsed.run, parsed.command, wait=wait, as_json=as_json, write=_print)
+        return 0
+    if parsed.job == "lora":
+        _run_tool(parsed, unknown)
         return 0
     # The progress bar is closed before an error is written, which so has a line of its own.
     with closing(ConsoleReporter()) as console:
@@ -79,6 +84,18 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
             return 0
         _run_job(parsed.job, config, report)
     return 0
+
+
+def _run_tool(parsed: argparse.Namespace, unknown: Sequence[str]) -> None:
+    if parsed.tool == "targets":
+        from .jobs import lora_targets
+
+        config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
+        _print(f"{lora_targets.run(config).report}\n")
+        return
+    with closing(ConsoleReporter()) as console:
+        result = lora_command.run(parsed, console)
+    _print(f"{result.report}\n")
 
 
 def _run_job(job: str, config: Config, report: Reporter) -> None:
@@ -136,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the training")
     _add_events(demo)
     _add_control(jobs.add_parser("control", help="tell a running training what to do"))
+    lora = jobs.add_parser("lora", help="tools for LoRA files", allow_abbrev=False)
+    tools = lora.add_subparsers(dest="tool", required=True, metavar="tool")
+    targets = lora_command.add_tool(tools, "targets")
+    targets.add_argument("--config_file", type=Path, help="TOML file with settings of a training")
+    add_options(targets)
+    lora_command.add_tools(tools)
     jobs.add_parser("options", help="print the reference of all settings (docs/options.md)")
     return parser
 

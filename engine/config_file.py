@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -26,9 +25,9 @@ else:
 from .config import FIELDS, GROUP_OF, GROUPS, Config
 from .errors import ConfigError
 from .options_not_yet import NOT_YET
+from .setting_words import base_types, choices_of, expected
 
 _SECRETS = ("wandb_api_key", "huggingface_token")
-_LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
 
 
 @dataclass(frozen=True)
@@ -129,43 +128,6 @@ def to_toml(config: Config, *, with_help: bool = True) -> str:
     return "\n".join(lines)
 
 
-def base_types(annotation: Any) -> set[Any]:
-    """The plain types and ``Literal`` members an annotation is made of."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return base_types(get_args(annotation)[0])
-    if origin is Literal:
-        return {annotation}
-    if origin in (Union, types.UnionType, list, tuple):
-        found = {origin} if origin in (list, tuple) else set()
-        return found.union(*(base_types(part) for part in get_args(annotation)))
-    return {annotation}
-
-
-def expected(field: FieldInfo) -> str:
-    """What a setting may be, in words."""
-    kinds = base_types(field.annotation)
-    if choices := _choices(field):
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if tuple in kinds:
-        return "[width, height] or one whole number, each from 16 to 8192"
-    single = " or ".join(
-        word for kind, word in {**names, Path: "a path"}.items() if kind in kinds
-    ).replace("a whole number or a number", "a whole number or a share")
-    words = [single]
-    for item in field.metadata:
-        for name, word in _LIMITS.items():
-            if (limit := getattr(item, name, None)) is not None:
-                words.append(f"{word} {limit:,.10g}")
-    return f"a list, each {' '.join(words)}" if list in kinds else " ".join(words)
-
-
-def _choices(field: FieldInfo) -> list[str]:
-    kinds = base_types(field.annotation)
-    return sorted(name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind))
-
-
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         if path.suffix != ".toml" and path.name and (path.is_dir() or not path.exists()):
@@ -250,7 +212,7 @@ def _unknown(name: str, item: Given) -> str:
 
 def _problem(name: str, item: Given, detail: Any) -> str:
     reason = f"expected {expected(FIELDS[name])}"
-    choices = _choices(FIELDS[name])
+    choices = choices_of(FIELDS[name])
     if detail["type"] == "value_error":
         reason = f"expected {detail['ctx']['error']}"
     elif len(choices) > 1 and (near := get_close_matches(str(item.value), choices, n=1)):

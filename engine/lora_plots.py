@@ -18,9 +18,13 @@ _SMALL = 8  # points of text
 
 
 def checkpoint_weights(
-    weights: Sequence[float], labels: Sequence[str], *, title: str
+    weights: Sequence[float], labels: Sequence[str], *, title: str, axis: str
 ) -> Image.Image:
-    """The part of the mean that each checkpoint has, from the oldest to the newest."""
+    """The part of the mean that each checkpoint has, from the oldest to the newest.
+
+    Args:
+        axis: what the labels are.
+    """
     figure = _figure(8, 4.5)
     axes = figure.subplots()
     places = np.arange(len(weights))
@@ -38,7 +42,7 @@ def checkpoint_weights(
         rotation_mode="anchor",
         fontsize=_SMALL,
     )
-    axes.set_xlabel("checkpoint, from the oldest to the newest")
+    axes.set_xlabel(axis)
     axes.grid(alpha=0.25, axis="y")
     return _drawn(figure)
 

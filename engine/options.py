@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import FIELDS, GROUPS, NetworkArguments
-from .config_file import base_types, expected
 from .errors import ConfigError
+from .setting_words import base_types, expected
 
 _INTRODUCTION = """# Options
 

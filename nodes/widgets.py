@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..engine.config import FIELDS, Config
-from ..engine.config_file import Given, base_types, build_config
+from ..engine.config_file import Given, build_config
+from ..engine.setting_words import base_types
 
 Settings = Mapping[str, Any]
 

@@ -21,34 +21,49 @@ ENGINE = ROOT / "engine"
 LAYERS = {
     "words": "__init__ errors events presets",
     "settings": """
-        config/__init__ config/drawing config/group config/inputs config/learning config/running
-        config_file config_types options options_not_yet
+        config/__init__ config/drawing config/group config/inputs config/learning config/metadata
+        config/network config/quantization config/running config_file config_types options
+        options_not_yet setting_words
     """,
     "mathematics": """
-        buckets captions flow losses samplers schedule_arguments schedules seeds timesteps
+        adapter_weights buckets captions ema flow losses low_rank microscaling samplers
+        schedule_arguments schedules seeds timesteps training_facts
     """,
     "modules and files": """
-        activations atomic_file autoencoders background compile console contact_sheet control
-        dataset evaluation file_kinds hardware key_table latent_cache latent_file launch lora
-        lora_file loss_history manifest media memory optimizer_classes optimizer_state
-        optimizer_trial optimizers plots plugins prompts run_status schedule_classes signals
-        text_charts text_encoders time_statistics tracker_arguments trackers training_state
-        validation_history weights
+        activations adapter_ranks atomic_file autoencoders background checkpoint_layers
+        checkpoint_merge codes compile console contact_sheet control dataset evaluation file_kinds
+        hardware key_table latent_cache latent_file launch layer_names layer_patterns lora
+        lora_family lora_file lora_formats lora_merge lora_metadata lora_parts lora_pieces
+        lora_plots lora_spelling lora_statistics lora_targets loss_history manifest media memory
+        model_difference networks/__init__ networks/adapter networks/convolution
+        networks/decomposition networks/dropout networks/loha networks/lokr networks/lora
+        networks/network networks/settings optimizer_classes optimizer_state optimizer_trial
+        optimizers peft_settings plots plugins prompts quantize quantized_layout quantized_linear
+        run_status schedule_classes signals stored_weight tensor_stream text_charts text_encoders
+        time_statistics tracker_arguments trackers training_state validation_history weight_scales
+        weights workspace
     """,
-    "architectures": "architectures/__init__ architectures/base architectures/flux_kontext",
+    "architectures": """
+        architectures/__init__ architectures/base architectures/flux_kontext
+        architectures/flux_names architectures/framepack_names architectures/hunyuan_video_names
+        architectures/names architectures/qwen_image_names architectures/wan_names
+    """,
     "jobs": """
         jobs/__init__ jobs/assembly jobs/build jobs/cache jobs/cache_plan jobs/checks
         jobs/control jobs/disk jobs/encode jobs/entries jobs/generate jobs/guard
-        jobs/loop jobs/needs jobs/objective jobs/outputs jobs/picture jobs/plan
+        jobs/loop jobs/lora_combine jobs/lora_convert jobs/lora_ema jobs/lora_extract
+        jobs/lora_inputs jobs/lora_inspect jobs/lora_layer_report jobs/lora_merge
+        jobs/lora_outputs jobs/lora_resize jobs/lora_series jobs/lora_targets jobs/metadata
+        jobs/needs jobs/network_plan jobs/objective jobs/outputs jobs/picture jobs/plan
         jobs/previews jobs/recipe jobs/rewind jobs/run_control jobs/run_log
         jobs/sample_plan jobs/samples jobs/saving jobs/show jobs/step jobs/step_log
-        jobs/times jobs/tracking jobs/train jobs/validation
+        jobs/times jobs/tool_result jobs/tracking jobs/train jobs/validation
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure
         demo/pictures demo/scenes demo/text demo/train_autoencoder demo/train_base
     """,
-    "shell": "__main__",
+    "shell": "__main__ lora_command",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 HEIGHT = {layer: height for height, layer in enumerate(LAYERS)}
@@ -56,6 +71,12 @@ HEIGHT = {layer: height for height, layer in enumerate(LAYERS)}
 READERS_OF_SETTINGS = {"settings", "jobs", "demo", "shell"}
 # All others ask for a family by name; the embedded model of the demo is of a certain one.
 USERS_OF_FAMILIES = {"architectures/__init__", *LAYERS["demo"].split()}
+# Tables, which are no adapters of families; they may build on each other.
+NAMES = {
+    module.partition("/")[2]
+    for module in LAYERS["architectures"].split()
+    if module.endswith("_names")
+}
 COMFYUI = {"folder_paths", "nodes", "server"}  # besides everything that begins with comfy
 OURSELVES = {"engine", "pack"}
 HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "tensorboard", "transformers", "wandb"}
@@ -124,9 +145,9 @@ def problem_of_package(file: str, package: str, *, in_function: bool) -> str:
 
 
 def is_family(target: str) -> bool:
-    """Whether a module of the engine is a single model family."""
+    """Whether a module of the engine is the adapter of a single model family."""
     folder, _, name = target.rpartition("/")
-    return folder == "architectures" and name not in ("__init__", "base")
+    return folder == "architectures" and name not in ("__init__", "base", "names", *NAMES)
 
 
 def problem_of_module(module: str, target: str) -> str:

@@ -9,8 +9,9 @@ import pytest
 from pack.engine import control, losses, plugins, schedule_arguments, schedules, timesteps
 from pack.engine.__main__ import main
 from pack.engine.config import FIELDS
-from pack.engine.config_file import expected, parse_config
+from pack.engine.config_file import parse_config
 from pack.engine.config_types import OPTIMIZERS
+from pack.engine.setting_words import expected
 from pack.engine.tracker_arguments import read_arguments
 
 ROOT = Path(__file__).parents[1]

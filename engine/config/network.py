@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from ..config_types import Paths, PathSetting, parse_arguments
+from ..setting_words import expected
 from .group import Group
 
 _MOST_CHARACTERS = 1000  # of a pattern
@@ -156,8 +157,6 @@ def parse_network_arguments(values: list[str]) -> NetworkArguments:
 
 
 def _expected(name: str) -> str:
-    from ..config_file import expected
-
     if name == "rank_patterns":
         return "{'pattern': rank} or {'pattern': (rank, alpha)}"
     return expected(NetworkArguments.model_fields[name])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..architectures.base import Architecture
 from ..config import Config, TrainingConfig
 from ..dataset import CachedItem
 from ..errors import ConfigError
+from ..lora_spelling import spell
 from ..networks.network import Network
 from . import network_plan, tracking
 from .objective import objective_of
@@ -73,7 +75,7 @@ def check(config: Config) -> None:
     allowed = plugins.allowed_packages(os.environ)
     optimizer, validation = config.optimizer, config.validation
     device = hardware.find_device(config.runtime.device)
-    network_plan.check(config.network)
+    network_plan.check(config)
     optimizers.check(optimizer.optimizer_type, optimizer.arguments, allowed, device=device)
     _check_optimizer_of_network(config)
     compile.check(compile_settings(config.training), device)
@@ -106,6 +108,7 @@ def build(
     planned = network_plan.plan_network(config, architecture, transformer)
     remarks = network_plan.merge_base_weights(config, architecture, transformer)
     network = planned.put_on(transformer, seeds.generator(config.runtime.seed, "lora"))
+    _check_format(config, architecture, network)
     if config.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
     compile.compile_blocks(
@@ -157,6 +160,18 @@ def remarks(config: Config, built: Built, plan: Plan) -> list[str]:
         lr_scheduler=settings.lr_scheduler_type or settings.lr_scheduler,
         warmup_steps=schedule_settings(settings, plan.total_steps).warmup_steps,
     )
+
+
+def _check_format(config: Config, architecture: Architecture, network: Network) -> None:
+    """Whether the LoRA will be writable when it is trained.
+
+    Raises:
+        ConfigError: ``save_format`` cannot hold a layer.
+    """
+    output = config.output
+    if output.save_format != "comfyui":
+        path = Path(output.output_name or "").with_suffix(".safetensors")
+        spell(path, network.weights(), architecture.layer_names, format=output.save_format)
 
 
 def _norm_limit(config: Config, network: Network) -> Callable[[], Tensor] | None:

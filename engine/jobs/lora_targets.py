@@ -18,7 +18,7 @@ def run(config: Config) -> ToolResult:
     """
     config.require("dit")
     assert config.model.dit is not None
-    check(config.network)
+    check(config)
     family = find_architecture(config.model.architecture, config.model.dit)
     plan = plan_network(config, family, family.empty_transformer(config.model.dit))
     table = plan.describe(verbose=config.network.arguments.verbose)

@@ -65,29 +65,34 @@ class NetworkPlan:
         return lora_targets.describe(self.targets, verbose=verbose)
 
 
-def check(config: NetworkConfig) -> None:
+def check(config: Config) -> None:
     """Whether the settings go together, as far as can be said without the model.
 
     Raises:
         ConfigError: they do not.
     """
-    arguments = config.arguments
-    kind = _KIND_NAMES[config.kind]
-    if config.kind != "lora":
+    network, arguments = config.network, config.network.arguments
+    kind = _KIND_NAMES[network.kind]
+    if network.kind != "lora":
         unfit = {
-            "network_dropout": config.network_dropout,
+            "network_dropout": network.network_dropout,
             "dora_wd": arguments.dora_wd,
             "conv_dim": arguments.conv_dim,
         }
         if wrong := [name for name, value in unfit.items() if value]:
             raise ConfigError(f"{wrong[0]}: {kind} does not have it; remove it, or train a LoRA")
-    if config.kind != "lokr" and arguments.factor != -1:
+    if network.kind != "lokr" and arguments.factor != -1:
         raise ConfigError(f"network_args: factor is for LoKr only, not {kind}; remove it")
     if arguments.dora_wd and arguments.rank_dropout:
         raise ConfigError("network_args: dora_wd does not go with rank_dropout; remove one")
-    if config.dim_from_weights and not config.network_weights:
+    if arguments.dora_wd and config.output.save_format == "diffusers":
+        raise ConfigError(
+            "save_format diffusers: such files have no magnitudes for fused layers, and ComfyUI "
+            "reads none; choose comfyui, or remove dora_wd from network_args"
+        )
+    if network.dim_from_weights and not network.network_weights:
         raise ConfigError("dim_from_weights needs network_weights; name the LoRA to begin with")
-    if config.dim_from_weights and (arguments.exclude_patterns or arguments.include_patterns):
+    if network.dim_from_weights and (arguments.exclude_patterns or arguments.include_patterns):
         raise ConfigError(
             "dim_from_weights takes the layers from network_weights, too; remove exclude_patterns "
             "and include_patterns, or dim_from_weights"

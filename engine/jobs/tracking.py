@@ -24,9 +24,9 @@ from PIL import Image
 
 from ..background import Background
 from ..config import FIELDS, GROUP_OF, Config, LoggingConfig
-from ..config_file import base_types
 from ..errors import ConfigError, EngineError
 from ..events import Message, Reporter
+from ..setting_words import base_types
 from ..tracker_arguments import read_arguments
 from ..trackers import Picture, Scalar, TensorBoard, Tracker, Wandb
 

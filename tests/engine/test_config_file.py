@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.engine.config import FIELDS, GROUP_OF, GROUPS, Config
-from pack.engine.config_file import base_types, load_config, to_toml
+from pack.engine.config_file import load_config, to_toml
 from pack.engine.errors import ConfigError
+from pack.engine.setting_words import base_types
 
 NOTHING: Mapping[str, Sequence[str]] = {}
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from pack.engine.config import FIELDS, Config
-from pack.engine.config_file import base_types, parse_config
+from pack.engine.config_file import parse_config
 from pack.engine.errors import ConfigError
+from pack.engine.setting_words import base_types
 from pack.tests.nodes.stand_ins import FolderPaths
 
 PATH_SETTINGS = [name for name, field in FIELDS.items() if Path in base_types(field.annotation)]

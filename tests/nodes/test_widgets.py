@@ -9,8 +9,8 @@ from typing import Any, Literal, get_origin
 
 import pytest
 from pack.engine.config import FIELDS, Config
-from pack.engine.config_file import base_types
 from pack.engine.errors import ConfigError
+from pack.engine.setting_words import base_types
 
 LARGEST = 2**53 - 1
 KINDS = {name: base_types(field.annotation) for name, field in FIELDS.items()}

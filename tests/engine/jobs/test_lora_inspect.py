@@ -18,7 +18,7 @@ from pack.engine.events import Event, Progress
 from pack.engine.jobs import lora_inspect
 from pack.engine.lora_file import write_lora
 from pack.tests.references import random_adapters, tiny_checkpoints
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FLUX = LAYER_NAMES["flux_kontext"]
@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], dict[str, Tensor]]] = {
 
 def lora(seed: int = 0, *, rank: int = 2, alpha: float = 4.0) -> LoRAWeights:
     generator = torch.Generator().manual_seed(seed)
-    down, up = (torch.randn(*s, generator=generator) for s in ((rank, 8), (12, rank)))
+    down, up = (torch.randn(*s, generator=generator) for s in ((rank, 8), (21, rank)))
     return LoRAWeights(down, up, alpha)
 
 
@@ -51,8 +51,13 @@ def write(path: Path, layers: dict[str, AdapterWeights], **metadata: str) -> Pat
     return path
 
 
-@pytest.mark.parametrize("kind", random_adapters.KINDS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("flux_kontext", kind) for kind in random_adapters.KINDS),
+        *((family, kind) for family in list(MODELS)[1:] for kind in ("lora", "full")),
+    ],
+)
 def test_every_kind_of_every_family_is_described(family: str, kind: str, tmp_path: Path) -> None:
     state = MODELS[family]()
     adapters = random_adapters.KINDS[kind](state)
@@ -103,7 +108,7 @@ def test_the_report_says_what_people_want_to_know(tmp_path: Path) -> None:
         ss_learning_rate="0.0001",
     )
     text = lora_inspect.run(source=path).report
-    for part in ("4 rank 2; scale (alpha / rank) 2", "alpha 4", "160 numbers in float32"):
+    for part in ("4 rank 2; scale (alpha / rank) 2", "alpha 4", "232 numbers in float32"):
         assert part in text
     for fact in (r"title +cat", r"steps +300", r"learning rate +0\.0001"):
         assert re.search(fact, text)
@@ -120,7 +125,7 @@ def test_verbose_shows_every_layer_and_all_metadata(tmp_path: Path) -> None:
     short, long = (lora_inspect.run(source=path, verbose=v).report for v in (False, True))
     assert long.startswith(short)
     rest = long.removeprefix(short)
-    assert re.search(r"single_blocks\.9\.linear1 +LoRA +12 x 8 +2 +4\.00 .* float32", rest)
+    assert re.search(r"single_blocks\.9\.linear1 +LoRA +21 x 8 +2 +4\.00 .* float32", rest)
     assert "my_own_note = a [2Jb" in rest and "my_own_note" not in short
 
 
@@ -196,9 +201,9 @@ UP = "single_blocks_9_linear1__lora_up__weight"
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        ({UP: torch.full((12, 2), math.nan).half()}, "has values that are NaN or infinite"),
-        ({UP: torch.full((12, 2), 65504.0).half()}, "has values at the limit"),
-        ({UP: torch.zeros(12, 2).half()}, "single_blocks.9.linear1 does nothing"),
+        ({UP: torch.full((21, 2), math.nan).half()}, "has values that are NaN or infinite"),
+        ({UP: torch.full((21, 2), 65504.0).half()}, "has values at the limit"),
+        ({UP: torch.zeros(21, 2).half()}, "single_blocks.9.linear1 does nothing"),
         (
             {"single_blocks_9_linear1__alpha": torch.tensor(0.0)},
             "single_blocks.9.linear1 does nothing, because alpha is 0",
@@ -218,7 +223,7 @@ def test_what_is_wrong_is_said(changes: dict[str, Tensor], warning: str, tmp_pat
 
 def test_many_layers_with_one_problem_are_one_line(tmp_path: Path) -> None:
     names = [f"single_blocks.{n}.linear1" for n in range(30)]
-    untrained = {name: LoRAWeights(torch.ones(2, 8), torch.zeros(12, 2), 1.0) for name in names}
+    untrained = {name: LoRAWeights(torch.ones(2, 8), torch.zeros(21, 2), 1.0) for name in names}
     text = lora_inspect.run(source=write(tmp_path / "x.safetensors", untrained)).report
     (line,) = [line for line in text.splitlines() if "warning" in line]
     assert line == (
@@ -232,8 +237,6 @@ def test_text_encoders_are_mentioned(tmp_path: Path) -> None:
     changes = {key.format("down"): torch.ones(2, 4), key.format("up"): torch.ones(4, 2)}
     path = raw(tmp_path / "x.safetensors")
     content = {f"lora_{k.replace('__', '.')}": tensor for k, tensor in changes.items()}
-    from safetensors.torch import load_file
-
     save_file(load_file(path) | content, path, {"ss_base_model_version": "flux_kontext"})
     assert "2 keys of text encoders" in lora_inspect.run(source=path).report
     record = json.loads(lora_inspect.run(source=path, as_json=True).report)

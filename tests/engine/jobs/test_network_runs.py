@@ -258,10 +258,13 @@ def test_a_run_is_only_continued_with_the_same_network(
             run(training, other, output_dir=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("name", ["kohya", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("kohya", "lora"), ("diffusers", "lora"), ("diffusers", "lokr")]
+)
 def test_a_lora_is_written_in_the_format_that_is_asked_for(
-    training: dict[str, Any], tmp_path: Path, name: str
+    training: dict[str, Any], tmp_path: Path, name: str, kind: str
 ) -> None:
+    training = training | {"network_module": f"networks.{kind}", "save_precision": "fp32"}
     run(training, output_dir=tmp_path, max_train_steps=2, save_format=name)
     run(training, output_dir=tmp_path / "usual", max_train_steps=2)
     prefix = {"kohya": "lora_unet_", "diffusers": "transformer."}[name]
@@ -290,6 +293,8 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_read(
     assert "needs network_weights" in refused(dim_from_weights=True)
     plus = {"network_args": ["loraplus_lr_ratio=4"]}
     assert "one learning rate for all" in refused(optimizer_type="Prodigy", **plus)
+    dora = {"network_args": ["dora_wd=True"]}
+    assert "save_format diffusers" in refused(save_format="diffusers", **dora)
     free = {"optimizer_type": "AdamWScheduleFree"}
     assert "scale_weight_norms does not go with" in refused(scale_weight_norms=1.0, **free)
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from pack.engine import trackers
 from pack.engine.config import FIELDS, Config
-from pack.engine.config_file import base_types
 from pack.engine.errors import ConfigError
 from pack.engine.events import Event, Message
 from pack.engine.jobs.outputs import RunFiles
 from pack.engine.jobs.tracking import Tracking, check, loggable_settings
 from pack.engine.loss_history import read_history
+from pack.engine.setting_words import base_types
 from pack.tests.engine.jobs import tiny
 from pack.tests.engine.jobs.conftest import StartJob
 from pack.tests.engine.tracker_files import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -33,6 +33,8 @@ class LayerNames:
         always_excludes: as those, also where the user has patterns of their own.
         own_excludes_replace: patterns of the user replace ``default_excludes`` rather than to be
             added.
+        never_quantized: linear layers of the blocks that stay in their own type where the model is
+            kept in 8 bits; patterns as above.
         depth: number of repeated blocks of the published model, by the name of their list; it
             tells apart families with the same names.
     """
@@ -44,6 +46,7 @@ class LayerNames:
     default_excludes: tuple[str, ...] = ()
     always_excludes: tuple[str, ...] = ()
     own_excludes_replace: bool = False
+    never_quantized: tuple[str, ...] = ()
     depth: tuple[tuple[str, int], ...] = ()
 
 
@@ -101,12 +104,29 @@ def published_layers(names: LayerNames, transformer: nn.Module) -> dict[str, Lay
         if fusion.row.bare or fusion.row.halves_swapped:
             continue
         modules = [transformer.get_submodule(name) for name in fusion.inner]
-        if not isinstance(modules[0], nn.Linear | nn.Conv2d | nn.Conv3d):
+        shapes = [_weight_shape(module) for module in modules]
+        if not shapes[0]:
             continue
-        shapes = [tuple(module.get_parameter("weight").shape) for module in modules]
         num_rows = sum(shape[0] for shape in shapes)
         found[fusion.published] = LayerOfModel(fusion.inner, (num_rows, *shapes[0][1:]))
     return found
+
+
+@runtime_checkable
+class _AnyLinear(Protocol):
+    """A linear layer, however its weight is stored."""
+
+    in_features: int
+    out_features: int
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """[O, I, *K]; nothing for what is neither a linear layer nor a convolution."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        return tuple(module.weight.shape)
+    if isinstance(module, _AnyLinear):
+        return module.out_features, module.in_features
+    return ()
 
 
 @lru_cache(maxsize=32)

@@ -16,15 +16,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from . import file_kinds, lora_family, lora_formats, lora_metadata, lora_spelling
+from . import lora_family, lora_formats, lora_metadata, lora_spelling
 from .adapter_weights import AdapterWeights, FullWeights
 from .errors import CheckpointError, NotFiniteError
 from .layer_names import LayerNames, Place
-from .lora import LoRAWeights
 from .lora_parts import PartsReader
 from .lora_pieces import NotExactError, combined
 from .peft_settings import PeftAlpha
-from .weights import Checkpoint, open_checkpoint, save_tensors
+from .weights import open_checkpoint, save_tensors
 
 # Published name of a layer -> shape of its weight [O, I, *K]; of a norm's, [D].
 LayerShapes = Mapping[str, tuple[int, ...]]
@@ -70,8 +69,8 @@ def read_lora(
         CheckpointError: the file is no LoRA, is damaged, or a key or shape does not fit.
         ConfigError: several families fit and nothing tells which it is.
     """
-    checkpoint = _open(path)
-    metadata = _text(checkpoint.metadata)
+    checkpoint = open_checkpoint(path)
+    metadata = checkpoint.metadata
     keys = lora_formats.parse(path, checkpoint.entries)
     located = lora_family.find(path, list(keys.modules), families, metadata=metadata, layers=shapes)
     alpha = PeftAlpha(path, metadata)
@@ -167,16 +166,23 @@ class _Layers:
     def read(self, published: str, modules: Mapping[str, Place]) -> AdapterWeights:
         row = next(iter(modules.values())).row
         shape = self._shape(published)
-        pieces: list[AdapterWeights | None] = [None] * len(row.inner)
-        whole: AdapterWeights | None = None
+        tail = None if shape is None else shape[1:]
+        by_part: dict[int | None, str] = {}
         for module, place in modules.items():
-            tail = None if shape is None else shape[1:]
-            adapter = self.reader.read(module, self.keys[module], tail)
-            if place.part is None:
-                whole = adapter
-            else:
-                pieces[place.part] = adapter
-        adapter = whole or self._combined(published, pieces, shape, modules)
+            if by_part and (place.part in by_part or None in (place.part, *by_part)):
+                raise CheckpointError(
+                    f"{self.path}: {by_part.get(place.part, next(iter(modules)))} and {module} are "
+                    f"both for {published}; the file holds two LoRAs, save each in its own file"
+                )
+            by_part[place.part] = module
+        found = {
+            part: self.reader.read(module, self.keys[module], tail)
+            for part, module in by_part.items()
+        }
+        adapter = found.get(None)
+        if adapter is None:
+            pieces = [found.get(part) for part in range(len(row.inner))]
+            adapter = self._combined(published, pieces, shape, modules)
         self._check(published, adapter, shape)
         if not isinstance(adapter, FullWeights) and adapter.alpha == 0:
             self.counts["alpha is 0, so that the layer does nothing"] += 1
@@ -231,13 +237,6 @@ class _Layers:
             )
 
 
-def _open(path: Path) -> Checkpoint:
-    try:
-        return open_checkpoint(path)
-    except (TypeError, ValueError):  # metadata that are no table of texts
-        raise CheckpointError(f"{path}: its header is damaged; get the file again") from None
-
-
 def _by_layer(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
     """The modules of the file that each published layer is made of."""
     found: dict[str, dict[str, Place]] = {}
@@ -254,13 +253,6 @@ def _format(places: Mapping[str, Place]) -> str:
 def _near(name: str, known: Iterable[str]) -> str:
     found = get_close_matches(name, list(known), n=1)
     return f"; the nearest layer is {found[0]!r}" if found else ""
-
-
-def _text(metadata: Mapping[str, object]) -> dict[str, str]:
-    """What a header may hold; others write numbers into it."""
-    if not isinstance(metadata, Mapping):
-        return {}
-    return {str(key): value for key, value in metadata.items() if isinstance(value, str)}
 
 
 def _cast(path: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,100 +291,3 @@ def _check_names(
     found = {place.published for each in modules if (place := lora_formats.place_of(names, each))}
     if found != set(layers):
         raise ValueError(f"{sorted(found ^ set(layers))[:3]} would not be found again")
-
-
-PREFIX = "diffusion_model."
-_DOWN, _UP, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
-
-# Published name of each linear layer of a model -> (out features, in features).
-LinearShapes = Mapping[str, tuple[int, int]]
-
-
-def save_lora(
-    path: Path,
-    weights: Mapping[str, LoRAWeights],
-    shapes: LinearShapes,
-    *,
-    dtype: torch.dtype,
-    metadata: dict[str, str],
-) -> None:
-    """Write a LoRA; the file is either whole and sound or not there.
-
-    Raises:
-        NotFiniteError: a value is NaN or infinite.
-        ValueError: a name or shape does not belong to the model (a bug of ours).
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, lora in weights.items():
-        _check_shapes(name, lora, shapes)
-        tensors[f"{PREFIX}{name}{_DOWN}"] = lora.down_RI.to("cpu", dtype)
-        tensors[f"{PREFIX}{name}{_UP}"] = lora.up_OR.to("cpu", dtype)
-        tensors[f"{PREFIX}{name}{_ALPHA}"] = torch.tensor(lora.alpha, dtype=torch.float32)
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise NotFiniteError(
-                f"{path}: {key} became NaN or infinite, so the LoRA was not written; what was "
-                "saved before is untouched, start again with a lower learning_rate"
-            )
-    save_tensors(path, tensors, metadata)
-
-
-def load_lora(path: Path, shapes: LinearShapes) -> dict[str, LoRAWeights]:
-    """Read a LoRA for a model with these layers, every key accounted for.
-
-    Alpha is the rank when the file has none, as everywhere in this format.
-
-    Raises:
-        CheckpointError: the file is no LoRA, or a key or shape does not fit the model.
-    """
-    checkpoint = open_checkpoint(path)
-    names = {
-        key[len(PREFIX) : -len(_DOWN)]
-        for key in checkpoint.entries
-        if key.startswith(PREFIX) and key.endswith(_DOWN)
-    }
-    if not names:
-        raise CheckpointError(
-            f"{path}: expected a LoRA with keys like {PREFIX}...{_DOWN}, but this is "
-            f"{file_kinds.describe(checkpoint.keys())}"
-        )
-    known = {f"{PREFIX}{name}{end}" for name in names for end in (_DOWN, _UP, _ALPHA)}
-    if left_over := sorted(checkpoint.entries.keys() - known):
-        raise CheckpointError(
-            f"{path}: {left_over[0]!r} is not a key of a LoRA in ComfyUI's layout"
-        )
-    weights: dict[str, LoRAWeights] = {}
-    for name in sorted(names):
-        keys = [f"{PREFIX}{name}{end}" for end in (_DOWN, _UP, _ALPHA)]
-        if keys[1] not in checkpoint.entries:
-            raise CheckpointError(f"{path}: {keys[1]} is missing; the file is damaged")
-        if name not in shapes:
-            near = get_close_matches(name, list(shapes), n=1)
-            hint = f"; the nearest layer is {near[0]!r}" if near else ""
-            raise CheckpointError(
-                f"{path}: the LoRA is for a layer {name!r} that this model does not have{hint}"
-            )
-        down = checkpoint.read(keys[0])
-        alpha = checkpoint.read(keys[2]).item() if keys[2] in checkpoint.entries else down.shape[0]
-        weights[name] = LoRAWeights(down, checkpoint.read(keys[1]), float(alpha))
-        if problem := _shape_problem(name, weights[name], shapes):
-            raise CheckpointError(f"{path}: {problem}; it was made for a model of another size")
-    return weights
-
-
-def _check_shapes(name: str, lora: LoRAWeights, shapes: LinearShapes) -> None:
-    if name not in shapes:
-        raise ValueError(f"{name} is no layer of the model")
-    if problem := _shape_problem(name, lora, shapes):
-        raise ValueError(problem)
-
-
-def _shape_problem(name: str, lora: LoRAWeights, shapes: LinearShapes) -> str | None:
-    out_features, in_features = shapes[name]
-    found = (lora.up_OR.shape[0], lora.down_RI.shape[1])
-    if found != (out_features, in_features) or lora.up_OR.shape[1] != lora.down_RI.shape[0]:
-        return (
-            f"{name} has a LoRA of shape {list(lora.up_OR.shape)} x {list(lora.down_RI.shape)}, "
-            f"but the layer is {out_features} x {in_features}"
-        )
-    return None

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import lora_formats, lora_metadata
@@ -54,7 +55,7 @@ def spell(
         full = isinstance(adapter, FullWeights)
         stem = lora_formats.stem(format, names, published, low_rank=not full)
         tensors |= {f"{stem}.{end}": each for end, each in _parts(adapter, format).items()}
-    return Spelled(tensors, {}, _remarks(layers, format))
+    return Spelled(tensors, {}, _remarks(layers))
 
 
 def _parts(adapter: AdapterWeights, format: str) -> dict[str, Tensor]:
@@ -68,8 +69,6 @@ def _parts(adapter: AdapterWeights, format: str) -> dict[str, Tensor]:
 
 
 def _scalar(adapter: LoRAWeights | LoHaWeights | LoKrWeights) -> Tensor:
-    import torch
-
     return torch.tensor(adapter.alpha, dtype=torch.float32)
 
 
@@ -78,18 +77,19 @@ def _with_kernel(adapter: LoRAWeights) -> Tensor:
     return adapter.up.reshape(*adapter.up.shape, *(1 for _ in adapter.down.shape[2:]))
 
 
-def _remarks(layers: Mapping[str, AdapterWeights], format: str) -> list[str]:
+def _remarks(layers: Mapping[str, AdapterWeights]) -> list[str]:
     rows = sum(
         not isinstance(each, FullWeights)
         and each.magnitude is not None
         and each.magnitude.shape[1] == 1
         for each in layers.values()
     )
-    if not rows or format == "kohya":
+    if not rows:
         return []
     return [
         f"in {rows} layers DoRA has a magnitude for each row, which ComfyUI divides by the norm "
-        "before the change instead of after it, so that its results differ a little"
+        "before the change instead of after it, so that its results differ, the more the larger "
+        "the change is"
     ]
 
 
@@ -119,6 +119,10 @@ def _diffusers(path: Path, layers: Mapping[str, AdapterWeights], names: LayerNam
                 ranks[inner] = part.rank if isinstance(part, LoRAWeights) else 0
     _check_magnitudes(path, tensors, ranks)
     remarks = [f"in {number} layers {what}" for what, number in changed.items()]
+    if any("magnitude" in key for key in tensors):
+        remarks.append(
+            "ComfyUI reads no magnitudes from files for diffusers; choose the format comfyui for it"
+        )
     return Spelled(tensors, _header(ranks, tensors), remarks)
 
 
@@ -149,8 +153,8 @@ def _check_magnitudes(path: Path, tensors: Mapping[str, Tensor], ranks: Mapping[
 def _header(ranks: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Settings for peft, where its readers could guess wrong.
 
-    Without them diffusers before 0.36 gave every module the alpha of the first, which is wrong
-    as soon as two have different ranks.
+    peft has one rank and alpha for all modules unless it is told of others, and a reader that
+    takes alpha from the first module would scale those of another rank.
     """
     if len(set(ranks.values())) <= 1:
         return {}

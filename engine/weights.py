@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import file_kinds
 from .atomic_file import replacing
 from .errors import CheckpointError
+from .workspace import Workspace
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -68,11 +69,9 @@ class Checkpoint:
     paths: tuple[Path, ...]
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    # One for all reads: memory that came and went between the tensors of a 300 MB model left
-    # holes of up to 150 MB.
-    _staging: Tensor = field(
-        default_factory=lambda: torch.empty(_STAGING_BYTES, dtype=torch.uint8), repr=False
-    )
+    # One for all reads of a thread: memory that came and went between the tensors of a 300 MB
+    # model left holes of up to 150 MB.
+    _workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
 
     def keys(self) -> list[str]:
         """Names of all tensors, in file order."""
@@ -99,8 +98,8 @@ class Checkpoint:
     ) -> Tensor:
         """One tensor, cast to ``dtype`` (None keeps the stored type) and placed on ``device``.
 
-        Beside the result, memory holds at most 4 MiB of the tensor as it is stored. Not to be
-        called by two threads at once.
+        Beside the result, memory holds at most 4 MiB of the tensor as it is stored, for each
+        thread that reads.
         """
         entry = self.entries[key]
         result = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
@@ -109,11 +108,37 @@ class Checkpoint:
             if result.dtype == entry.dtype and result.device.type == "cpu":
                 _fill(result, file, entry)
                 return result
-            staging = self._staging.view(entry.dtype)
+            size = (_STAGING_BYTES // entry.dtype.itemsize,)
+            staging = self._workspace.empty("staging", size, entry.dtype, torch.device("cpu"))
             for part in result.view(-1).split(len(staging)):
                 _fill(staging[: len(part)], file, entry)
                 part.copy_(staging[: len(part)])
         return result
+
+    def pieces(self, key: str, num_values: int) -> Iterator[tuple[int, Tensor]]:
+        """A tensor as it is stored, some rows at a time, each with the number of the first one.
+
+        A piece has at most ``num_values`` values, but one row at least. It lies on the CPU, in
+        memory that the thread's next piece takes over.
+        """
+        entry = self.entries[key]
+        num_rows = entry.shape[0]
+        step = max(1, num_values * num_rows // max(1, torch.Size(entry.shape).numel()))
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            for first in range(0, num_rows, step):
+                shape = (min(step, num_rows - first), *entry.shape[1:])
+                piece = self._workspace.empty("piece", shape, entry.dtype, torch.device("cpu"))
+                _fill(piece, file, entry)
+                yield first, piece
+
+    def in_file_order(self) -> list[str]:
+        """Names of all tensors, so that disks are read forward."""
+        order = {path: index for index, path in enumerate(self.paths)}
+        return sorted(
+            self.entries,
+            key=lambda key: (order[self.entries[key].path], self.entries[key].offset),
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -168,7 +193,7 @@ def load_into(
         CheckpointError: a tensor is missing, left over or has another shape than the module.
     """
     check_fit(module, checkpoint, key_map, ignore=ignore)
-    targets = _targets_by_source(module.state_dict(), checkpoint, key_map)
+    targets = targets_by_source(module.state_dict(), checkpoint, key_map)
     dtype = checkpoint.main_dtype(targets) if dtype is None else dtype
     loaded: dict[str, Tensor] = {}
     for source in checkpoint.entries:  # in file order, so that the disk is read forward
@@ -195,7 +220,7 @@ def check_fit(
         CheckpointError: a tensor is missing, left over or has another shape than the module.
     """
     expected = module.state_dict()
-    targets = _targets_by_source(expected, checkpoint, key_map)
+    targets = targets_by_source(expected, checkpoint, key_map)
     _refuse_left_over(checkpoint, checkpoint.entries.keys() - targets.keys() - set(ignore))
     for source, parts in targets.items():
         stored = torch.empty(checkpoint.shape(source), device="meta")
@@ -274,9 +299,14 @@ def _fill(tensor: Tensor, file: RawIOBase, entry: Entry) -> None:
         done += count
 
 
-def _targets_by_source(
+def targets_by_source(
     expected: Mapping[str, Tensor], checkpoint: Checkpoint, key_map: Mapping[str, Source]
 ) -> dict[str, list[tuple[str, Callable[[Tensor], Tensor] | None]]]:
+    """Name in the file -> what is made of that tensor: a name in the module, and the function.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
     targets: dict[str, list[tuple[str, Callable[[Tensor], Tensor] | None]]] = {}
     missing: list[str] = []
     for target in expected:
@@ -382,7 +412,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header_bytes = file.read(length)
     try:
         header = json.loads(header_bytes)
-        metadata = header.pop("__metadata__", {})
+        # Others write numbers there, which the format does not have.
+        metadata = {k: v for k, v in header.pop("__metadata__", {}).items() if type(v) is str}
         entries = {key: _entry(path, 8 + length, value) for key, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         problem = file_kinds.describe_bytes(start + header_bytes[:504])

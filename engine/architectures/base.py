@@ -6,7 +6,7 @@ T = 1, so that nothing above this line has to ask which kind it is talking to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..autoencoders import ImageAutoencoder
 from ..layer_names import LayerNames
+from ..quantized_loading import Adapters, QuantizationSettings
 from ..weights import Checkpoint
 
 # Everything but the noisy latents and the time that the transformer is given for one batch.
@@ -61,20 +62,43 @@ class Architecture(Protocol):
         """Whether the tensor names are those of this family's transformer."""
         ...
 
-    def empty_transformer(self, path: Path) -> nn.Module:
+    def empty_transformer(
+        self, path: Path, *, quantization: QuantizationSettings | None = None
+    ) -> nn.Module:
         """The model of a user's file or folder without its weights, on the meta device.
 
         Only headers are read.
 
         Raises:
-            CheckpointError: `load_transformer` could not load it.
+            EngineError: `load_transformer` could not load it.
         """
         ...
 
     def load_transformer(
-        self, path: Path, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantization: QuantizationSettings | None = None,
+        loras: Sequence[Adapters] = (),
+        told: Callable[[str], None] | None = None,
     ) -> nn.Module:
-        """Stream a user's file or folder into a frozen model in evaluation mode."""
+        """Stream a user's file or folder into a frozen model in evaluation mode.
+
+        What a file has in 8 bits already stays so, whatever ``quantization`` says.
+
+        Args:
+            dtype: of all that is not in 8 bits, and of what is computed.
+            quantization: keep the linear layers of the blocks in 8 bits.
+            loras: merged before anything is rounded.
+            told: is given sentences on what was done.
+
+        Raises:
+            ConfigError: the settings do not go together, or a pattern matches nothing.
+            CheckpointError: the file is of another kind, damaged or has values that are not
+                finite.
+        """
         ...
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ Shapes: B batch, C latent channels, T = 1 frame, H W latent height and width, N 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +26,16 @@ from ..autoencoders import ImageAutoencoder, load_autoencoder
 from ..errors import CheckpointError
 from ..key_table import key_map, published_state_dict
 from ..layer_names import LayerNames
-from ..text_encoders import ClipTextEncoder, T5TextEncoder, load_clip, load_t5
-from ..weights import (
-    Checkpoint,
-    Source,
-    check_fit,
-    load_into,
-    open_checkpoint,
-    pipeline_part,
-    read_settings,
+from ..quantized_loading import (
+    Adapters,
+    QuantizationSettings,
+    QuantizedSource,
+    quantized_source,
+    remarks,
 )
+from ..quantized_model import load_quantized, put_empty_layers
+from ..text_encoders import ClipTextEncoder, T5TextEncoder, load_clip, load_t5
+from ..weights import Checkpoint, Source, open_checkpoint, pipeline_part, read_settings
 from .base import Conditions
 from .flux_names import NAMES, TABLE
 
@@ -80,26 +80,39 @@ class FluxKontext:
         relative = any(part in key for key in keys for part in _RELATIVES)
         return (published or diffusers) and not relative
 
-    def empty_transformer(self, path: Path) -> nn.Module:
+    def empty_transformer(
+        self, path: Path, *, quantization: QuantizationSettings | None = None
+    ) -> nn.Module:
         """See `base.Architecture`."""
-        transformer, checkpoint, names, ignore = self._prepare(path)
-        check_fit(transformer, checkpoint, names, ignore=ignore)
+        transformer, source, names, ignore = self._prepare(path, quantization, ())
+        put_empty_layers(transformer, source, names, ignore=ignore)
         return transformer.requires_grad_(False).eval()
 
     def load_transformer(
-        self, path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantization: QuantizationSettings | None = None,
+        loras: Sequence[Adapters] = (),
+        told: Callable[[str], None] | None = None,
     ) -> nn.Module:
         """Load a published single file, split set or diffusers folder of any width and depth.
 
         Raises:
             CheckpointError: the file is something else, or tensors are missing or left over.
         """
-        transformer, checkpoint, names, ignore = self._prepare(path)
-        load_into(transformer, checkpoint, names, dtype=dtype, device=device, ignore=ignore)
+        transformer, source, names, ignore = self._prepare(path, quantization, loras)
+        load_quantized(transformer, source, names, dtype=dtype, device=device, ignore=ignore)
+        for remark in remarks(source) if told else ():
+            told(remark)
         return transformer.requires_grad_(False).eval()
 
-    def _prepare(self, path: Path) -> tuple[nn.Module, Checkpoint, dict[str, Source], list[str]]:
-        """The model without memory, its file, and where in it the weights are.
+    def _prepare(
+        self, path: Path, quantization: QuantizationSettings | None, loras: Sequence[Adapters]
+    ) -> tuple[nn.Module, QuantizedSource, dict[str, Source], list[str]]:
+        """The model without memory, what its file holds, and where in it the weights are.
 
         The last are the names that belong to something else.
         """
@@ -116,12 +129,14 @@ class FluxKontext:
         published = _DIFFUSERS_PROBE not in checkpoint.entries
         checkpoint = _norms_as_published(checkpoint) if published else checkpoint
         prefix = _find_prefix(checkpoint) if published else ""
+        source = quantized_source(checkpoint, self.layer_names, quantization, loras)
+        headers = source.headers()
         with init_empty_weights():
-            transformer = FluxTransformer2DModel(**_config(checkpoint, prefix, published, path))
+            transformer = FluxTransformer2DModel(**_config(headers, prefix, published, path))
         names = key_map(TABLE, transformer, prefix=prefix) if published else {}
         # A full checkpoint also holds the VAE and text encoders under prefixes of their own.
-        ignore = [key for key in checkpoint.entries if not key.startswith(prefix)]
-        return transformer, checkpoint, names, ignore
+        ignore = [key for key in headers.entries if not key.startswith(prefix)]
+        return transformer, source, names, ignore
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The double blocks, then the single ones."""

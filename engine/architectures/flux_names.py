@@ -63,5 +63,6 @@ NAMES = LayerNames(
     default_excludes=(r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*",),
     always_excludes=(r".*(norm).*",),
     own_excludes_replace=True,
+    never_quantized=(r".*(norm|mod).*",),
     depth=(("double_blocks", 19), ("single_blocks", 38)),
 )

@@ -29,5 +29,6 @@ NAMES = LayerNames(
     table=TABLE,
     blocks=("transformer_blocks.", "single_transformer_blocks."),
     default_excludes=(r".*(norm).*",),
+    never_quantized=(r".*(norm).*",),
     depth=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
 )

@@ -102,5 +102,6 @@ NAMES = LayerNames(
     table=TABLE,
     blocks=("double_blocks.", "single_blocks."),
     default_excludes=(r".*(img_mod|txt_mod|modulation).*",),
+    never_quantized=(r".*(norm|_mod|modulation).*",),
     depth=(("double_blocks", 20), ("single_blocks", 40)),
 )

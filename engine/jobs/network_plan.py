@@ -271,6 +271,11 @@ def _settings_of(path: Path, name: str, weights: AdapterWeights) -> LayerSetting
             f"{path}: {name} has a full difference, which cannot be trained further; turn the file "
             "into a LoRA first with the tool resize"
         )
+    if weights.bias_diff is not None:
+        raise CheckpointError(
+            f"{path}: {name} changes a bias, too, which is not trained further and would be lost; "
+            "merge the file with base_weights instead"
+        )
     if isinstance(weights, LoRAWeights):
         if weights.magnitude is not None and weights.magnitude.shape[0] > 1:
             raise CheckpointError(

@@ -338,6 +338,12 @@ def test_a_layer_of_another_size_can_be_excluded(
     check_recovered(file, changes, 1e-5)
 
 
+def test_a_model_is_never_written_over(tmp_path: Path, base: State, changes: State) -> None:
+    tuned = save(tmp_path / "output.safetensors", tuned_of(base, changes))
+    with pytest.raises(ConfigError, match="one of those that are read"):
+        extract(tmp_path, tuned, base, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

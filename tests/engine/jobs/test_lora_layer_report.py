@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pack.engine.jobs.lora_layer_report import (
     LayerResult,
+    in_words,
     percent,
     rank_chart,
     size,
     table,
     total_error,
-    worst_layer,
 )
 
 
@@ -59,7 +59,10 @@ def test_errors_add_up_as_norms_do() -> None:
     assert results[0].relative_error == pytest.approx(1 / 3)
     assert LayerResult("c", 1, 1, 0.0, 0.0).relative_error == 0
     assert total_error([]) == 0
-    assert worst_layer(results) == "largest error of a layer: 43.3 %, b"
+    assert in_words(results).splitlines() == [
+        "error in all: 40 % (84 % of the squared norm are kept)",
+        "largest error of a layer: 43.3 %, b",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_sizes_are_in_kib_or_mib() -> None:
 
 
 def test_a_chart_has_a_bar_for_every_layer() -> None:
-    image = np.asarray(rank_chart(RESULTS, title="ranks"))
+    image = np.asarray(rank_chart(RESULTS, name="a.safetensors"))
     assert image.shape == (540, 960, 3)
     dark_blue = (np.abs(image.astype(int) - (0x1F, 0x4E, 0x8C)).sum(axis=2) < 30).sum()
     orange = (np.abs(image.astype(int) - (0xB0, 0x5A, 0x2C)).sum(axis=2) < 30).sum()

@@ -246,12 +246,19 @@ def test_progress_counts_layers(source: Path, tmp_path: Path) -> None:
     assert [step.done for step in steps] == [0, 1, 2, 3, 4] and steps[-1].total == 4
 
 
-def test_a_file_may_be_written_over_when_that_is_allowed(source: Path) -> None:
-    before = layers_of(source)
+def test_files_are_written_over_only_if_that_is_allowed_and_never_the_source(
+    source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output.safetensors"
+    ranks = RankChoice(rank=3)
+    run(source=source, output=output, ranks=ranks)
     with pytest.raises(ConfigError, match="exists"):
-        run(source=source, output=source, ranks=RankChoice(rank=3))
-    run(source=source, output=source, ranks=RankChoice(rank=3), overwrite=True)
-    assert relative(before[LAYERS[3]], layers_of(source)[LAYERS[3]]) < 1e-2
+        run(source=source, output=output, ranks=ranks)
+    run(source=source, output=output, ranks=ranks, overwrite=True)
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match="one of those that are read"):
+        run(source=source, output=source, ranks=ranks, overwrite=True)
+    assert source.read_bytes() == before
 
 
 def test_a_magnitude_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -295,13 +302,37 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path: Path) -> None:
         )
 
 
-def test_text_encoders_of_another_kind_are_refused(tmp_path: Path) -> None:
+STEM = "lora_te1_layer"
+PLAIN = {
+    f"{STEM}.lora_down.weight": torch.ones(2, 4),
+    f"{STEM}.lora_up.weight": torch.ones(6, 2),
+    f"{STEM}.alpha": torch.tensor(2),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({f"{STEM}.hada_w1_a": torch.ones(4, 2)}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.lora_down.weight": torch.ones(3, 4)}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.lora_down.weight": torch.ones(())}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.lora_down.weight": torch.ones(0, 4)}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.lora_up.weight": torch.ones(6)}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.alpha": torch.ones(3)}, "text encoder and no plain LoRA"),
+        ({"lora_te1_b.alpha": torch.ones(())}, "text encoder and no plain LoRA"),
+        ({f"{STEM}.alpha": torch.tensor(float("nan"))}, "is NaN or infinite"),
+        ({f"{STEM}.lora_up.weight": torch.full((6, 2), float("inf"))}, "is NaN or infinite"),
+    ],
+)
+def test_text_encoders_of_another_kind_are_refused(
+    tmp_path: Path, change: dict[str, Tensor], sentence: str
+) -> None:
     draw = Draw(0)
     lora = random_adapters.lora(draw(48, 32, std=1.0), draw, 4)
-    other = {"lora_te1_layer.hada_w1_a": torch.ones(4, 2)}
-    source = save(tmp_path / "source.safetensors", {LAYERS[0]: lora}, other=other)
-    with pytest.raises(CheckpointError, match="text encoder and no plain LoRA"):
+    source = save(tmp_path / "source.safetensors", {LAYERS[0]: lora}, other=PLAIN | change)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
         run(source=source, output=tmp_path / "o.safetensors", ranks=RankChoice(rank=1))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_whole_model_in_bf16_is_resized(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from .quantized_layout import HEADER_FIELD, QuantizedLayout, header_without
 from .tensor_stream import TensorPlan, file_size, in_aligned_order, tensor_stream
 from .weights import Checkpoint
 
+# Of a quantized weight, when it is compared with what it was to be: as in `lora_merge`.
+_DECODED_VALUES = 2**16
+
 
 class _Target(NamedTuple):
     """A tensor that changes: a piece of the weight (or bias) of a published layer."""
@@ -40,6 +43,7 @@ class CheckpointMerge:
         dtype: of the floating-point tensors of the transformer; None as they are.
         tensors: what the file will hold, in its order.
         metadata: of the file.
+        device: where the adapters are added.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +54,7 @@ class CheckpointMerge:
     targets: Mapping[str, _Target]
     tensors: Mapping[str, TensorPlan]
     metadata: Mapping[str, str]
+    device: torch.device | str = "cpu"
 
     @property
     def num_bytes(self) -> int:
@@ -192,11 +197,12 @@ def _tensors_for(
     """What is written for a tensor of the checkpoint, the scales of its new codes with it."""
     planned = merge.tensors[key]
     if key in merge.targets:
-        exact = _merged(key, merge, tally)
+        exact = merged_tensor(key, merge, tally)
         _check_finite(tally, key, output)
         if merge.layout.is_quantized(key) and merge.dtype is None:
             encoded = merge.layout.encode(key, exact)
-            tally.rounded(exact, merge.layout.decode(key, encoded, torch.float32))
+            for rows, stored in merge.layout.decode_rows(key, encoded, _DECODED_VALUES):
+                tally.rounded(exact[rows], stored)
         else:
             encoded = {key: exact.to(planned.dtype)}
             if exact.dtype != planned.dtype:
@@ -214,8 +220,9 @@ def _tensors_for(
     return {key: converted}
 
 
-def _merged(key: str, merge: CheckpointMerge, tally: MergeTally) -> Tensor:
-    """The changed weight, rounded only if that is the type to be written."""
+@torch.no_grad()
+def merged_tensor(key: str, merge: CheckpointMerge, tally: MergeTally) -> Tensor:
+    """The changed weight or bias ``key``, rounded only if that is the type to be written."""
     layer_name, piece, is_bias = merge.targets[key]
     layer = merge.model.layers[layer_name]
     weighted = merge.adapters[layer_name]
@@ -251,7 +258,8 @@ def _working_copy(key: str, merge: CheckpointMerge, *, exact: bool = False) -> T
     stored = merge.checkpoint.dtype(key)
     same = stored == merge.tensors[key].dtype and not merge.layout.is_quantized(key)
     wide = torch.float64 if stored == torch.float64 else torch.float32
-    return merge.layout.read(merge.checkpoint, key, stored if same and not exact else wide)
+    read = merge.layout.read(merge.checkpoint, key, stored if same and not exact else wide)
+    return read.to(merge.device)
 
 
 def _check_finite(tally: MergeTally, key: str, output: Path) -> None:

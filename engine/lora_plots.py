@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .figures import new_figure, picture_of
 from .lora_statistics import LayerStatistics, grouped, total
 
 _LIGHT, _DARK, _ABSENT = "#9db4d3", "#1f4e8c", "#ececec"
@@ -25,7 +26,7 @@ def checkpoint_weights(
     Args:
         axis: what the labels are.
     """
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     places = np.arange(len(weights))
     axes.bar(places, [100 * weight for weight in weights], color=_DARK, width=0.8)
@@ -44,7 +45,7 @@ def checkpoint_weights(
     )
     axes.set_xlabel(axis)
     axes.grid(alpha=0.25, axis="y")
-    return _drawn(figure)
+    return picture_of(figure, grid=False)
 
 
 def layer_map(layers: Sequence[LayerStatistics], *, title: str, relative: bool) -> Image.Image:
@@ -64,7 +65,7 @@ def layer_map(layers: Sequence[LayerStatistics], *, title: str, relative: bool) 
     ranks = [layer.effective_rank for layer in layers if layer.effective_rank is not None]
     map_inches = _ROW_INCHES * max(4, *map(len, kinds.values()))
     heights = [1.4, map_inches] + ([1.4] if ranks else [])
-    figure = _figure(11, 1.1 + sum(heights) + 0.35 * len(heights))
+    figure = new_figure(11, 1.1 + sum(heights) + 0.35 * len(heights))
     grid = figure.add_gridspec(
         len(heights), len(lists), height_ratios=heights, width_ratios=_widths(lists)
     )
@@ -88,7 +89,7 @@ def layer_map(layers: Sequence[LayerStatistics], *, title: str, relative: bool) 
     scale.ax.tick_params(labelsize=_SMALL)
     if ranks:
         _histogram(figure.add_subplot(grid[2, :]), ranks)
-    return _drawn(figure)
+    return picture_of(figure, grid=False)
 
 
 def _widths(lists: dict[str, list[LayerStatistics]]) -> list[int]:
@@ -153,20 +154,3 @@ def _value(layer: LayerStatistics, relative: bool) -> float:
 
 def _label(relative: bool) -> str:
     return "change / weight (norms)" if relative else "norm of the change"
-
-
-def _figure(width_inches: float, height_inches: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A figure of its own: pyplot would keep global state and look for a screen.
-    figure = Figure(figsize=(width_inches, height_inches), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _drawn(figure: Any) -> Image.Image:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .figures import new_figure, picture_of
 from .loss_history import Step
 
 _SMOOTHING = 0.9
@@ -58,7 +59,7 @@ def loss_curve(
     """
     if not steps:
         raise ValueError("no steps to plot")
-    figure = _figure()
+    figure = new_figure()
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     numbers = [step.step for step in steps]
     losses = [step.loss for step in steps]
@@ -82,7 +83,7 @@ def loss_curve(
     rate.yaxis.set_major_formatter(_RATE_FORMAT)
     rate.xaxis.set_major_formatter(_STEP_FORMAT)
     rate.set_xlabel("optimizer step")
-    return _drawn(figure)
+    return picture_of(figure)
 
 
 def loss_by_time(means: Sequence[float], counts: Sequence[int], *, title: str) -> Image.Image:
@@ -95,7 +96,7 @@ def loss_by_time(means: Sequence[float], counts: Sequence[int], *, title: str) -
     """
     if not sum(counts):
         raise ValueError("no samples to plot")
-    figure = _figure()
+    figure = new_figure()
     loss, number = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges = np.linspace(0, 1, len(counts) + 1)
     heights = [mean if count else math.nan for mean, count in zip(means, counts, strict=True)]
@@ -108,7 +109,7 @@ def loss_by_time(means: Sequence[float], counts: Sequence[int], *, title: str) -
     number.set_ylim(bottom=0)
     number.set_xlabel(_TIME_AXIS)
     number.set_xlim(0, 1)
-    return _drawn(figure)
+    return picture_of(figure)
 
 
 def schedule_curve(multipliers: Sequence[float], *, title: str) -> Image.Image:
@@ -116,7 +117,7 @@ def schedule_curve(multipliers: Sequence[float], *, title: str) -> Image.Image:
     numbers = range(1, len(multipliers) + 1)
     figure = _curve(numbers, multipliers, title=title)
     figure.axes[0].set_ylabel("part of the learning rate")
-    return _drawn(figure)
+    return picture_of(figure)
 
 
 def rate_curve(steps: Sequence[int], rates: Sequence[float], *, title: str) -> Image.Image:
@@ -124,11 +125,11 @@ def rate_curve(steps: Sequence[int], rates: Sequence[float], *, title: str) -> I
     figure = _curve(steps, rates, title=title)
     figure.axes[0].set_ylabel("learning rate")
     figure.axes[0].yaxis.set_major_formatter(_RATE_FORMAT)
-    return _drawn(figure)
+    return picture_of(figure)
 
 
 def _curve(steps: Sequence[int], values: Sequence[float], *, title: str) -> Any:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     axes.plot(steps, values, color=_RATE, linewidth=2, drawstyle="steps-mid")
     axes.set_title(title)
@@ -154,7 +155,7 @@ def time_histogram(
         weight: of the loss at a time [N]; None for none.
         edges: where parts that are trained equally often meet.
     """
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     beside = high - low if high - low < _NARROW else 1.0  # a narrow range fills a third
     left, right = max(0.0, low - beside), min(1.0, high + beside)
@@ -183,14 +184,14 @@ def time_histogram(
     axes.set_ylabel("density")
     axes.set_xlim(left, right)
     figure.legend(loc="outside lower center", frameon=False, ncols=3)
-    return _drawn(figure)
+    return picture_of(figure)
 
 
 def loss_functions(
     errors: Sequence[float], curves: Mapping[str, Sequence[float]], *, chosen: str
 ) -> Image.Image:
     """The loss that each error gives; the chosen one stands out."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     for name, values in curves.items():
         if name == chosen:
@@ -203,23 +204,4 @@ def loss_functions(
     axes.set_ylim(0, 1.3 * max(curves[chosen]))
     axes.set_xlim(errors[0], errors[-1])
     axes.legend(frameon=False)
-    return _drawn(figure)
-
-
-def _figure() -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A figure of its own: pyplot would keep global state and look for a screen.
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _drawn(figure: Any) -> Image.Image:
-    for axes in figure.axes:
-        if axes.yaxis.get_ticks_position() == "left":  # a second scale would have its own grid
-            axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    return picture_of(figure)

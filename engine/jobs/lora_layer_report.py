@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .. import adapter_ranks
 from ..adapter_weights import AdapterWeights, FullWeights
+from ..figures import new_figure, picture_of
 
 _BLOCK = re.compile(r"(?<=[._])\d+(?=[._])")
 _MOST_SPANS = 3
@@ -109,12 +109,7 @@ def size(num_bytes: int) -> str:
 def rank_chart(results: Sequence[LayerResult], *, name: str) -> Image.Image:
     """The rank of every layer of the file ``name``, before and after, and its error below."""
     results = sorted(results, key=_model_order)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A figure of its own: pyplot would keep global state and look for a screen.
-    figure: Any = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     ranks, errors = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     edges = np.arange(len(results) + 1) + 0.5
     if any(result.before for result in results):
@@ -132,11 +127,7 @@ def rank_chart(results: Sequence[LayerResult], *, name: str) -> Image.Image:
     errors.set_ylim(0, 1.1 * max(parts, default=0) or 1)
     errors.set_xlabel("layer, by name")
     errors.set_xlim(edges[0], edges[-1])
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    return picture_of(figure)
 
 
 def _model_order(result: LayerResult) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pack.engine import codes as codes_module
 from pack.engine.codes import FORMATS, are_finite, decode, encode, format_of
 from pack.engine.workspace import Workspace
 
@@ -48,7 +49,7 @@ def test_decoding_for_any_device_and_for_the_cpu_give_the_same(
     out = torch.empty(codes.shape, dtype=out_dtype)
     decode(codes, scale, out, Workspace())
     general = torch.empty_like(out)
-    monkeypatch.setattr("pack.engine.codes._OWN_CONVERSION", ())
+    monkeypatch.setattr(codes_module, "_OWN_CONVERSION", ())
     decode(codes, scale, general, Workspace())
     assert torch.equal(out, general)
 

@@ -12,6 +12,7 @@ from pack.engine.architectures.names import LAYER_NAMES
 from pack.engine.key_table import published_state_dict
 from pack.engine.layer_names import LayerNames, published_layers
 from pack.engine.lora_file import read_lora, save_adapters
+from pack.tests.references.qwen_inputs import text_lengths
 from torch import Tensor, nn
 
 from .lora_examples import adapter
@@ -64,6 +65,7 @@ def qwen() -> tuple[LayerNames, nn.Module, dict[str, Any]]:
         "encoder_hidden_states_mask": torch.ones(1, 3, dtype=torch.long),
         "timestep": torch.tensor([0.5]),
         "img_shapes": [[(1, 2, 3)]],
+        **text_lengths(model, batch=1, length=3),
     }
     return LAYER_NAMES["qwen_image"], model.eval(), inputs
 

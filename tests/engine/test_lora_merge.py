@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pack.engine import lora_merge
 from pack.engine.adapter_weights import (
     AdapterWeights,
     FullWeights,
@@ -216,7 +217,7 @@ def test_large_weights_are_changed_in_parts_as_if_they_were_whole(
     adapters = [Weighted(KINDS[kind](12, (8,), seed=s), 0.5) for s in (0, 20)]
     expected = weight.clone()
     add_adapters(expected, adapters, MergeTally())
-    monkeypatch.setattr("pack.engine.lora_merge._ROWS_VALUES_CPU", 20)
+    monkeypatch.setattr(lora_merge, "_ROWS_VALUES_CPU", 20)
     found = weight.clone()
     add_adapters(found, adapters, MergeTally())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pack.engine import quantize as quantize_module
 from pack.engine.codes import FORMATS
 from pack.engine.quantize import (
     MODES,
@@ -295,7 +296,7 @@ class Largest(TorchDispatchMode):
 def test_no_more_than_a_part_is_worked_on_at_once(
     mode: str, search: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pack.engine.quantize._CHUNK_CPU", 1024)
+    monkeypatch.setattr(quantize_module, "_CHUNK_CPU", 1024)
     weight = normal(256, 128).bfloat16()
     with Largest(weight) as largest:
         stored = quantize(weight, mode=mode, search=search)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pack.engine import quantized_linear
 from pack.engine.quantize import MODES, empty, quantize
 from pack.engine.quantized_linear import QuantizedLinear, replace_linears
 from pack.engine.workspace import Workspace
@@ -143,7 +144,7 @@ def test_under_autocast_it_computes_in_the_type_of_autocast() -> None:
 def test_compiled_it_is_one_graph_that_keeps_no_restored_weight(
     mode: str, opaque: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pack.engine.quantized_linear._OPAQUE_FORWARD", opaque)
+    monkeypatch.setattr(quantized_linear, "_OPAQUE_FORWARD", opaque)
     layer = QuantizedLinear.from_linear(linear(), mode=mode)
     block = nn.Sequential(nn.Tanh(), layer, nn.GELU())
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)

@@ -17,6 +17,7 @@ from pack.engine.key_table import fusions, key_map, published_state_dict
 from pack.engine.layer_names import locate, published_layers
 from pack.tests.conftest import ROOT
 from pack.tests.references import tiny_checkpoints
+from pack.tests.references.qwen_inputs import text_lengths
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -264,6 +265,7 @@ def qwen_image(transformer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         encoder_hidden_states=inputs["text_embeds"],
         timestep=inputs["t"],
         img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        **text_lengths(transformer, batch, inputs["text_embeds"].shape[1]),
         return_dict=False,
     )[0]
     output = output.view(batch, height // 2, width // 2, channels, 2, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -376,7 +377,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     dit, lora, output = inputs
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("pack.engine.jobs.lora_merge.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(EngineError, match="the merged file needs .* are free"):
         run(dit, [(lora, 1.0)], output)
     assert not output.exists()

@@ -31,8 +31,8 @@ LAYERS = {
     """,
     "modules and files": """
         activations adapter_ranks atomic_file autoencoders background checkpoint_layers
-        checkpoint_merge codes compile console contact_sheet control dataset evaluation file_kinds
-        hardware key_table latent_cache latent_file launch layer_names layer_patterns lora
+        checkpoint_merge codes compile console contact_sheet control dataset evaluation figures
+        file_kinds hardware key_table latent_cache latent_file launch layer_names layer_patterns
         lora_family lora_file lora_formats lora_merge lora_metadata lora_parts lora_pieces
         lora_plots lora_spelling lora_statistics lora_targets loss_history manifest media memory
         model_difference networks/__init__ networks/adapter networks/convolution
@@ -246,7 +246,7 @@ def test_a_wrong_import_is_refused(module: str, source: str, reason: str) -> Non
     [
         ("plots", "def f():\n    import matplotlib.pyplot"),
         ("timesteps", "from .flow import shift_time"),
-        ("jobs/train", "import torch\nfrom .. import flow, lora\nfrom ..config import Config"),
+        ("jobs/train", "import torch\nfrom .. import flow, losses\nfrom ..config import Config"),
         ("jobs/train", "from ..architectures import find_architecture\nfrom . import cache"),
         ("architectures/__init__", "from .flux_kontext import FluxKontext\nfrom .. import flow"),
         ("launch", "import subprocess"),

@@ -141,6 +141,11 @@ def product_squared_norm(a: Tensor, b: Tensor) -> Tensor:
     return ((a.t() @ a) * (flat @ flat.t())).sum().clamp_(min=0.0)
 
 
+def scaled(tensor: Tensor, ratio: float) -> Tensor:
+    """``ratio`` times a tensor of a file, not rounded to the file's type."""
+    return tensor.float() * ratio
+
+
 @torch.no_grad()
 def take(targets: Mapping[str, nn.Parameter], found: Mapping[str, Tensor]) -> None:
     """Copy tensors into the parameters of the same names.

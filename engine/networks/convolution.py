@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..adapter_weights import AdapterWeights, LoRAWeights
-from .adapter import Adapter, kaiming, product_squared_norm, take, zeros
+from .adapter import Adapter, kaiming, product_squared_norm, scaled, take, zeros
 from .dropout import drop
 from .settings import Dropouts
 
@@ -19,7 +19,7 @@ class ConvolutionAdapter(Adapter):
     """``lora_A`` [R, I, *K], ``lora_B`` [O, R]; zero at initialisation because B is.
 
     Raises:
-        ValueError: the convolution has groups, or pads with something else than zeros.
+        ValueError: the convolution has more than one group.
     """
 
     def __init__(
@@ -32,21 +32,18 @@ class ConvolutionAdapter(Adapter):
         generator: torch.Generator,
     ) -> None:
         super().__init__(alpha=alpha, scale=alpha / rank, dropouts=dropouts)
-        if base.groups != 1 or base.padding_mode != "zeros":
-            raise ValueError(
-                f"a LoRA needs a convolution of one group that pads with zeros, not of "
-                f"{base.groups} groups that pads with {base.padding_mode}"
-            )
+        if base.groups != 1:
+            raise ValueError(f"a LoRA needs a convolution of one group, not {base.groups}")
         self.lora_A = kaiming(rank, *base.weight.shape[1:], generator=generator)
         self.lora_B = zeros(base.out_channels, rank)
 
     def adapted(self, base: nn.Module, x: Tensor, first: int, end: int) -> Tensor:
         assert isinstance(base, nn.Conv2d | nn.Conv3d)
         out = base(x)
-        convolve = F.conv2d if isinstance(base, nn.Conv2d) else F.conv3d
-        places = (base.stride, base.padding, base.dilation)
-        hidden = convolve(x, self.lora_A.to(x.dtype), None, *places)
+        # PyTorch's own way to convolve as the layer does, but with other weights.
+        hidden = base._conv_forward(x, self.lora_A.to(x.dtype), None)
         hidden, scale = drop(self, hidden, rank_dim=1)
+        convolve = F.conv2d if isinstance(base, nn.Conv2d) else F.conv3d
         kernel = (1,) * (x.dim() - 2)
         up = convolve(hidden, self.lora_B.to(x.dtype).view(*self.lora_B.shape, *kernel))
         return out.add_(up, alpha=scale)
@@ -57,7 +54,7 @@ class ConvolutionAdapter(Adapter):
     def load(self, weights: AdapterWeights) -> None:
         if not isinstance(weights, LoRAWeights) or weights.magnitude is not None:
             raise ValueError("a convolution can only take over a LoRA without magnitude")
-        up = weights.up * (weights.scale / self.scale)
+        up = scaled(weights.up, weights.scale / self.scale)
         take(self.tensors(), {"A": weights.down, "B": up})
 
     def tensors(self) -> dict[str, nn.Parameter]:

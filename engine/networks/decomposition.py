@@ -4,7 +4,7 @@
 the inputs by ``m / c`` and applying a LoRA. The norm counts as a constant in the gradient
 (section 4.3). It follows from
 
-``c^2 = ||W||^2 + 2 s (W^T B) . A^T + s^2 (B^T B A) . A``    (column by column),
+``c^2 = ||W||^2 + 2 s (B^T W) . A + s^2 (B^T B A) . A``    (column by column),
 
 so nothing of the weight's size is made.
 
@@ -45,16 +45,16 @@ class Decomposition(nn.Module):
     @torch.no_grad()
     def norm(self, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
         """c [I]: the norm of each column of the weight with the adapter, in float32."""
-        cross_IR = torch.zeros_like(lora_A).t()
+        cross_RI = torch.zeros_like(lora_A)
         first = 0
         for base in self._bases:
             weight_OI = _weight(base)
             end = first + weight_OI.shape[0]
             part_OR = lora_B[first:end].to(weight_OI.dtype)
-            cross_IR = cross_IR + weight_OI.t() @ part_OR
+            cross_RI = cross_RI + part_OR.t() @ weight_OI
             first = end
         own_RI = (lora_B.t() @ lora_B) @ lora_A
-        squares_I = self.squares_I + (2 * scale) * (cross_IR.t() * lora_A).sum(0)
+        squares_I = self.squares_I + (2 * scale) * (cross_RI * lora_A).sum(0)
         squares_I = squares_I + scale**2 * (own_RI * lora_A).sum(0)
         return squares_I.clamp_(min=torch.finfo(squares_I.dtype).tiny).sqrt_()
 
@@ -83,7 +83,7 @@ class DecomposedLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        # In the gain's float32: one of 1.001 would be 1 in bf16.
+        # In the gain's float32: one of 1.02 would be 1.0234 in bf16.
         scaled = (x * gain_I).to(x.dtype)
         hidden_TR = scaled.view(x_TI.shape) @ lora_A.to(x.dtype).t()
         out = F.linear(scaled, weight_OI, bias_O)

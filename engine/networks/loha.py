@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_weights import AdapterWeights, LoHaWeights
-from .adapter import Adapter, normal, rows, take, zeros
+from .adapter import Adapter, normal, rows, scaled, take, zeros
 from .dropout import row_mask
 from .settings import Dropouts
 
@@ -60,7 +60,7 @@ class LoHaAdapter(Adapter):
         if not isinstance(weights, LoHaWeights) or weights.magnitude is not None:
             raise ValueError("a LoHa can only take over another without magnitude")
         found = {name: vars(weights)[name] for name in self.tensors()}
-        found["w2_a"] = weights.w2_a * (weights.scale / self.scale)
+        found["w2_a"] = scaled(weights.w2_a, weights.scale / self.scale)
         take(self.tensors(), found)
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -135,7 +135,7 @@ def _factorised_gradients(
     grad_x = grad_TQ @ _down(w1_b, w2_b).to(grad_TO.dtype) if needs_x else None
     shape = (w1_b.shape[0], w2_b.shape[0])
     grad_down = (grad_TQ.t() @ x_TI).to(w1_b.dtype).unflatten(0, shape)
-    grad_up = (grad_TO.t() @ hidden_TQ).to(w1_a.dtype).mul_(scale).unflatten(1, shape)
+    grad_up = (hidden_TQ.t() @ grad_TO).t().to(w1_a.dtype).mul_(scale).unflatten(1, shape)
     return (
         grad_x,
         torch.einsum("ors,os->or", grad_up, w2_a),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..adapter_weights import AdapterWeights, LoKrWeights
-from .adapter import Adapter, kaiming, product_squared_norm, rows, take, zeros
+from .adapter import Adapter, kaiming, product_squared_norm, rows, scaled, take, zeros
 from .dropout import row_mask
 from .settings import Dropouts, LayerSettings
 
@@ -94,12 +94,12 @@ class LoKrAdapter(Adapter):
         if not isinstance(weights, LoKrWeights) or weights.magnitude is not None:
             raise ValueError("a LoKr can only take over another without magnitude")
         w1, w2 = weights.w1, weights.w2
-        found = {"w1": w1[0] @ w1[1] if isinstance(w1, tuple) else w1}
+        found = {"w1": _whole(w1)}
         ratio = weights.scale / self.scale
         if self.w2 is not None:
-            found["w2"] = (w2[0] @ w2[1] if isinstance(w2, tuple) else w2) * ratio
+            found["w2"] = scaled(_whole(w2), ratio)
         elif isinstance(w2, tuple):
-            found |= {"w2_a": w2[0] * ratio, "w2_b": w2[1]}
+            found |= {"w2_a": scaled(w2[0], ratio), "w2_b": w2[1]}
         else:
             found["w2"] = w2
         take(self.tensors(), found)
@@ -175,7 +175,8 @@ class AddLoKr(torch.autograd.Function):
         narrow, mixed = _mixed(x_TI, w1_LM, w2_b)
         grad_up = grad.t() @ mixed.flatten(0, 1)
         grad_mixed = (grad @ w2_a.to(dtype)).view(mixed.shape)
-        grad_w1 = torch.einsum("tln,tmn->lm", grad_mixed, narrow)
+        # Token by token, which is 2 to 8 times as fast as putting tokens and N side by side first.
+        grad_w1 = (grad_mixed @ narrow.transpose(1, 2)).sum(0, dtype=w1_LM.dtype)
         grad_x = grad_down = None
         if w2_b is None and needs_x:
             grad_x = (w1_LM.to(dtype).t() @ grad_mixed).view(x_TI.shape)
@@ -184,7 +185,7 @@ class AddLoKr(torch.autograd.Function):
             grad_down = (grad_narrow.t() @ x_TI.reshape(-1, w2_b.shape[1])).to(w2_b.dtype)
             if needs_x:
                 grad_x = (grad_narrow @ w2_b.to(dtype)).view(x_TI.shape)
-        found = (grad_w1.to(w1_LM.dtype), grad_up.to(w2_a.dtype), grad_down)
+        found = (grad_w1, grad_up.to(w2_a.dtype), grad_down)
         return grad_TO, grad_x, *found, None, None
 
 
@@ -194,3 +195,7 @@ def _mixed(x_TI: Tensor, w1_LM: Tensor, w2_b: Tensor | None) -> tuple[Tensor, Te
     if w2_b is not None:
         narrow = narrow @ w2_b.to(x_TI.dtype).t()
     return narrow, w1_LM.to(x_TI.dtype) @ narrow
+
+
+def _whole(factor: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return factor[0].float() @ factor[1].float() if isinstance(factor, tuple) else factor

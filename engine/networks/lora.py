@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..adapter_weights import AdapterWeights, LoRAWeights
-from .adapter import Adapter, kaiming, product_squared_norm, rows, take, zeros
+from .adapter import Adapter, kaiming, product_squared_norm, rows, scaled, take, zeros
 from .decomposition import DecomposedLinear, Decomposition
 from .dropout import drop
 from .settings import Dropouts
@@ -64,7 +64,7 @@ class LoRAAdapter(Adapter):
     def load(self, weights: AdapterWeights) -> None:
         if not isinstance(weights, LoRAWeights):
             raise ValueError(f"a LoRA cannot take over {type(weights).__name__}")
-        found = {"A": weights.down, "B": weights.up * (weights.scale / self.scale)}
+        found = {"A": weights.down, "B": scaled(weights.up, weights.scale / self.scale)}
         if weights.magnitude is not None:
             found["magnitude"] = weights.magnitude
         targets = self.tensors()

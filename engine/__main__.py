@@ -87,15 +87,19 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def _run_tool(parsed: argparse.Namespace, unknown: Sequence[str]) -> None:
-    if parsed.tool == "targets":
-        from .jobs import lora_targets
-
-        config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
-        _print(f"{lora_targets.run(config).report}\n")
-        return
     with closing(ConsoleReporter()) as console:
-        result = lora_command.run(parsed, console)
-    _print(f"{result.report}\n")
+        report = json_lines(sys.stdout) if parsed.events == "json" else console
+        if parsed.tool == "targets":
+            from .jobs import lora_targets
+
+            config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
+            result = lora_targets.run(config)
+        else:
+            result = lora_command.run(parsed, report)
+    if parsed.events == "json":
+        report(Message(result.report))
+    else:
+        _print(f"{result.report}\n")
 
 
 def _run_job(job: str, config: Config, report: Reporter) -> None:
@@ -159,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--config_file", type=Path, help="TOML file with settings of a training")
     add_options(targets)
     lora_command.add_tools(tools)
+    for tool in tools.choices.values():
+        _add_events(tool)
     jobs.add_parser("options", help="print the reference of all settings (docs/options.md)")
     return parser
 

@@ -17,7 +17,15 @@ from .layer_names import LayerNames, Place, locate
 from .quantized_layout import QuantizedLayout
 from .weights import Checkpoint
 
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.")
+_PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "model.",
+    "net.",
+    "model.model.",  # what ComfyUI saves of HunyuanVideo
+)
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,7 @@ from .events import Event, Message, from_line
 PACKAGE = Path(__file__).parent
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 120
+_PATIENCE_WITH_TOOLS_SECONDS = 5  # which have nothing to save
 _TAIL_LINES = 15
 # "-m" needs a Python that looks into the current folder; that of the portable ComfyUI does not.
 _START = (
@@ -62,32 +63,76 @@ def run_job(
     Raises:
         EngineError: the job failed; carries the job's own sentence, or the end of its log.
     """
+    words = [job, "--config_file", str(config_file)]
+    child = _run(
+        words, log, on_event, poll, patience=_PATIENCE_SECONDS, environment=environment or {}
+    )
+    if child.code not in (0, _STOPPED):
+        hint = "; start it again to continue from the last save"
+        raise EngineError(child.error or _explain(job, child, log, hint))
+    return Ended(stopped=child.code == _STOPPED)
+
+
+def run_tool(
+    tool: str,
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    on_event: Callable[[Event], None],
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a tool for LoRA files and wait for its end; its last event is a message, the report.
+
+    Args:
+        tool: one of `lora_command.TOOLS`.
+        arguments: as in the shell, with absolute paths.
+        log: as in `run_job`, and so are the others.
+
+    Raises:
+        EngineError: as in `run_job`.
+    """
+    words = ["lora", tool, *arguments]
+    child = _run(words, log, on_event, poll, patience=_PATIENCE_WITH_TOOLS_SECONDS, environment={})
+    if child.code:
+        raise EngineError(child.error or _explain(tool, child, log, ""))
+
+
+def _run(
+    words: Sequence[str],
+    log: Path,
+    on_event: Callable[[Event], None],
+    poll: Callable[[], None],
+    *,
+    patience: float,
+    environment: Mapping[str, str],
+) -> _Child:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb", buffering=0) as log_file:
-        child = _Child(job, config_file, log_file, environment or {})
+        child = _Child(words, log_file, environment)
         try:
             _relay(child, on_event, poll)
         except BaseException:
-            child.stop()
+            child.stop(patience)
             _drain(child, on_event)
             raise
         finally:
             child.close()
-    if child.code not in (0, _STOPPED):
-        raise EngineError(child.error or _explain(job, child, log))
-    return Ended(stopped=child.code == _STOPPED)
+    return child
 
 
 class _Child:
-    """The process, and what its reader threads have taken from it."""
+    """The process, and what its reader threads have taken from it.
+
+    Args:
+        words: of the command line, the job first.
+    """
 
     def __init__(
-        self, job: str, config_file: Path, log: IO[bytes], environment: Mapping[str, str]
+        self, words: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
     ) -> None:
         start = [sys.executable, "-u", "-c", _START, str(PACKAGE.parent), PACKAGE.name]
-        options = ["--config_file", str(config_file), "--events", "json", "--stop_with_input"]
         self.process = subprocess.Popen(
-            [*start, job, *options],
+            [*start, *words, "--events", "json", "--stop_with_input"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,18 +146,18 @@ class _Child:
         self.last_words: deque[bytes] = deque(maxlen=_TAIL_LINES)
         self._log = log
         self._readers = [
-            threading.Thread(target=read, name=f"{job} output", daemon=True)
+            threading.Thread(target=read, name=f"{words[0]} output", daemon=True)
             for read in (self._read_events, self._read_errors)
         ]
         for reader in self._readers:
             reader.start()
 
-    def stop(self) -> None:
-        """Ask it to save and stop; what hangs is killed after a while."""
+    def stop(self, patience: float) -> None:
+        """Ask it to save and stop; what hangs is killed after so many seconds."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            self.process.wait(_PATIENCE_SECONDS)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
 
@@ -167,12 +212,12 @@ def _drain(child: _Child, on_event: Callable[[Event], None]) -> None:
             continue
 
 
-def _explain(job: str, child: _Child, log: Path) -> str:
+def _explain(job: str, child: _Child, log: Path, what_to_do: str) -> str:
     tail = b"".join(child.last_words).decode("utf-8", errors="replace").strip()
     code = child.code
     end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     hint = " (the system kills what takes too much memory)" if code == -9 else ""
     return (
-        f"the {job} process {end}{hint}; start it again to continue from the last save. "
+        f"the {job} process {end}{hint}{what_to_do}. "
         f"Its last words, of which {log} has more:\n{tail or 'none'}"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import weight_scales
 from .codes import FORMATS, are_finite, by_group, decode, format_of
-from .weight_scales import ScaleRule, encode_groups, group_scale
+from .weight_scales import ScaleRule, encode_groups, group_scale, largest, scale_of_largest
 from .workspace import Workspace
 
 MODES = ("block", "channel", "tensor")
@@ -203,7 +203,7 @@ def quantize_into(
     Raises:
         ValueError: there are NaN or infinities among the weights.
     """
-    if weight_OI.is_meta:
+    if weight_OI.is_meta or not weight_OI.numel():
         return
     rule = ScaleRule(FORMATS[result.format], result.scale.dtype, search=search, compat=compat)
     workspace = workspace or Workspace()
@@ -216,11 +216,20 @@ def quantize_into(
             encode_groups(weight_OI[part].reshape(1, -1), scale_G1, codes_Gn, workspace)
     else:
         group_size = result.block_size or weight_OI.shape[1]
-        for part in _row_slices(weight_OI):
-            values_Gn = weight_OI[part].reshape(-1, group_size)
-            scale_G1 = group_scale([values_Gn], rule, workspace)
-            result.scale[part].view(-1, 1).copy_(scale_G1)
-            encode_groups(values_Gn, scale_G1, result.codes[part].view(-1, group_size), workspace)
+        parts = [
+            (weight_OI[part].reshape(-1, group_size), part) for part in _row_slices(weight_OI)
+        ]
+        if search:
+            scales = [group_scale([values_Gn], rule, workspace) for values_Gn, _ in parts]
+            scale_G1 = torch.cat(scales)
+        else:
+            # All at once: most of the time of such small tensors is that of the calls.
+            largest_G1 = torch.cat([largest(values_Gn, workspace) for values_Gn, _ in parts])
+            scale_G1 = scale_of_largest(largest_G1, rule)
+        result.scale.copy_(scale_G1.view(result.scale.shape))
+        for values_Gn, part in parts:
+            codes_Gn = result.codes[part].view(-1, group_size)
+            encode_groups(values_Gn, result.scale[part].view(-1, 1), codes_Gn, workspace)
     # NaN and infinity among the weights are still there in the scales.
     if not result.scale.isfinite().all():
         raise ValueError("the weight has values that are NaN or infinite")

@@ -41,13 +41,17 @@ class ScaleRule(NamedTuple):
 
 def group_scale(pieces: Sequence[Tensor], rule: ScaleRule, workspace: Workspace) -> Tensor:
     """[G, 1] in the type that is stored; a group is made of the rows [G, n] of all pieces."""
-    largest_G1 = reduce(torch.maximum, (_largest(piece, workspace) for piece in pieces))
-    # By a number, a GPU multiplies with the reciprocal, which can give another result.
-    exact_G1 = largest_G1 / torch.full_like(largest_G1, rule.format.largest)
+    largest_G1 = reduce(torch.maximum, (largest(piece, workspace) for piece in pieces))
+    if rule.search:
+        return _searched(pieces, _exact(largest_G1, rule), rule, workspace)
+    return scale_of_largest(largest_G1, rule)
+
+
+def scale_of_largest(largest_G1: Tensor, rule: ScaleRule) -> Tensor:
+    """[G, 1] in the type that is stored, where nothing is searched for."""
+    exact_G1 = _exact(largest_G1, rule)
     if rule.compat:
         return exact_G1.to(rule.dtype).clamp_(min=1e-8)
-    if rule.search:
-        return _searched(pieces, exact_G1, rule, workspace)
     return _stored(exact_G1, rule.dtype)
 
 
@@ -71,7 +75,7 @@ def encode_groups(
     encode(quotient_Gn, codes_Gn)
 
 
-def _largest(values_Gn: Tensor, workspace: Workspace) -> Tensor:
+def largest(values_Gn: Tensor, workspace: Workspace) -> Tensor:
     """Largest magnitudes [G, 1] in float32; NaN where there is one.
 
     Without the sign, floating-point numbers are in the order of their bits, and PyTorch finds
@@ -84,6 +88,11 @@ def _largest(values_Gn: Tensor, workspace: Workspace) -> Tensor:
     mask = 2 ** (8 * values_Gn.element_size() - 1) - 1
     torch.bitwise_and(values_Gn.view(bits_Gn.dtype), mask, out=bits_Gn)
     return bits_Gn.amax(1, keepdim=True).view(values_Gn.dtype).float()
+
+
+def _exact(largest_G1: Tensor, rule: ScaleRule) -> Tensor:
+    # By a number, a GPU multiplies with the reciprocal, which can give another result.
+    return largest_G1 / torch.full_like(largest_G1, rule.format.largest)
 
 
 def _stored(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,10 +9,13 @@ from .check import CheckTraining
 from .config_files import ConfigFromToml, ConfigToToml
 from .dataset import CacheDataset, DatasetFromFolder
 from .demo import DemoModel, DemoTextEncode
+from .lora_making import CombineLoras, ExtractLora, MergeLora, PostHocEma
+from .lora_settings import LoraMetadata, LoraSettings
+from .lora_tools import ConvertLora, InspectLora, LoraTargets, ResizeLora
 from .loss import Loss
+from .quantized_model import LoadQuantizedModel, QuantizeModel
 from .run_settings import Compile, Logging, SamplePrompts, Validation
 from .settings import (
-    LoraSettings,
     LrScheduler,
     OptimizerSettings,
     TimestepSampling,
@@ -36,8 +39,19 @@ NODES: list[type[io.ComfyNode]] = [
     SamplePrompts,
     Logging,
     Compile,
+    LoraMetadata,
     ConfigToToml,
     ConfigFromToml,
+    LoraTargets,
+    InspectLora,
+    ConvertLora,
+    MergeLora,
+    CombineLoras,
+    ResizeLora,
+    ExtractLora,
+    PostHocEma,
+    LoadQuantizedModel,
+    QuantizeModel,
     DemoModel,
     DemoTextEncode,
 ]

@@ -20,6 +20,7 @@ from .sockets import (
     LoraType,
     LossType,
     LrSchedulerType,
+    MetadataType,
     OptimizerType,
     OptionsType,
     SamplesType,
@@ -34,7 +35,11 @@ _MENU = f"{CATEGORY}/recipe"
 _PARTS: dict[str, tuple[str, ...]] = {
     "model": (*GROUPS["model"].model_fields, "mixed_precision", "gradient_checkpointing"),
     "dataset": tuple(GROUPS["dataset"].model_fields),
-    "lora": ("network_module", "network_alpha", "save_precision"),
+    "lora": (
+        *(name for name in GROUPS["network"].model_fields if name != "network_dim"),
+        "save_precision",
+        "save_format",
+    ),
     "optimizer": ("optimizer_type", "optimizer_args", "max_grad_norm"),
     "lr_scheduler": (
         "lr_scheduler",
@@ -73,6 +78,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "samples": tuple(GROUPS["samples"].model_fields),
     "logging": tuple(GROUPS["logging"].model_fields),
     "compile": ("dynamo_backend", "dynamo_mode", "dynamo_fullgraph", "dynamo_dynamic"),
+    "metadata": tuple(GROUPS["metadata"].model_fields),
 }
 
 
@@ -157,6 +163,7 @@ def _outputs() -> list[io.Output]:
         CompileType.Output(display_name="compile"),
         io.Int.Output(display_name="save_every_n_steps"),
         io.Int.Output(display_name="preview_images"),
+        MetadataType.Output(display_name="metadata"),
     ]
 
 

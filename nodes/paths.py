@@ -44,6 +44,12 @@ def temporary_file(name: str) -> Path:
     return Path(folder_paths.get_temp_directory(), "lora_loom", name)
 
 
+def diffusion_models_folder() -> Path:
+    """Where new models go: listed by ComfyUI's loaders."""
+    listed = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    return next((path for path in listed if path.name == "diffusion_models"), listed[0])
+
+
 def diffusion_models() -> list[str]:
     """Names of the files that a diffusion model can be chosen from."""
     return folder_paths.get_filename_list("diffusion_models")
@@ -55,11 +61,44 @@ def diffusion_model(name: str) -> Path:
     Raises:
         DataError: there is none.
     """
-    path = folder_paths.get_full_path("diffusion_models", name)
-    if path is None:
+    return _listed("diffusion_models", "diffusion model", name)
+
+
+def chosen_model(name: str) -> Path | None:
+    """`diffusion_model`; None for what is left out."""
+    return diffusion_model(name) if name != NO_FOLDER else None
+
+
+def loras() -> list[str]:
+    """Names of the files that a LoRA can be chosen from."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora(name: str) -> Path:
+    """The file of a name that `loras` gave.
+
+    Raises:
+        DataError: there is none.
+    """
+    return _listed("loras", "LoRA", name)
+
+
+def chosen_lora(name: str) -> Path | None:
+    """`lora`; None for what is left out."""
+    return lora(name) if name != NO_FOLDER else None
+
+
+def linked_lora(path: str) -> Path:
+    """The file of a path that came from another node.
+
+    Raises:
+        DataError: it is in none of ComfyUI's folders of LoRAs, or does not exist.
+    """
+    roots = folder_paths.get_folder_paths("loras")
+    if not any(_is_inside(root, Path(path)) for root in roots) or not Path(path).is_file():
         raise DataError(
-            f"diffusion model {name!r}: there is no such file in ComfyUI's diffusion_models "
-            "folder; choose one of the list"
+            f"LoRA {path!r}: there is no such file in {' or '.join(map(str, roots))}; connect "
+            "the path that another node gives"
         )
     return Path(path)
 
@@ -202,6 +241,16 @@ def check_path(where: str, path: Path) -> None:
             "model, input, output, datasets and user folders, by their full paths; move "
             "it there, or run the recipe from the shell"
         )
+
+
+def _listed(folder: str, kind: str, name: str) -> Path:
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise DataError(
+            f"{kind} {name!r}: there is no such file in ComfyUI's {folder} folder; choose one of "
+            "the list"
+        )
+    return Path(path)
 
 
 def _dataset_roots() -> list[tuple[str, Path]]:

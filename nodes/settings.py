@@ -19,7 +19,6 @@ from ..engine.jobs.times import timestep_settings
 from .images import to_comfy
 from .sockets import (
     CATEGORY,
-    LoraType,
     LrSchedulerType,
     OptimizerType,
     OptionsType,
@@ -41,25 +40,6 @@ _LATER_OPTIONS = (
     "divergence_factor",
 )
 _MENU = f"{CATEGORY}/settings"
-
-
-class LoraSettings(io.ComfyNode):
-    """How the LoRA is built and stored."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoraLoom_LoraSettings",
-            display_name="LoRA Settings",
-            category=_MENU,
-            description="How the LoRA is scaled and stored; its rank is set on Train LoRA.",
-            inputs=[widget("network_alpha"), widget("save_precision")],
-            outputs=[LoraType.Output(display_name="lora")],
-        )
-
-    @classmethod
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
-        return io.NodeOutput(settings("LoRA Settings", widgets))
 
 
 class OptimizerSettings(io.ComfyNode):

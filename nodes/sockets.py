@@ -18,6 +18,7 @@ ValidationType = io.Custom("LORALOOM_VALIDATION")
 SamplesType = io.Custom("LORALOOM_SAMPLES")
 LoggingType = io.Custom("LORALOOM_LOGGING")
 CompileType = io.Custom("LORALOOM_COMPILE")
+MetadataType = io.Custom("LORALOOM_METADATA")
 TextEncoderType = io.Custom("LORALOOM_TEXT_ENCODER")
 
 # ComfyUI's own; the first goes into its node Load LoRA Model, the second into Loss Graph.

@@ -20,6 +20,7 @@ from .sockets import (
     LossMapType,
     LossType,
     LrSchedulerType,
+    MetadataType,
     OptimizerType,
     OptionsType,
     SamplesType,
@@ -149,4 +150,5 @@ def more_training_inputs() -> list[io.Input]:
         SamplesType.Input("samples", optional=True),
         LoggingType.Input("logging", optional=True),
         CompileType.Input("compile", optional=True),
+        MetadataType.Input("metadata", optional=True),
     ]

@@ -38,6 +38,7 @@ SOCKETS = (
     "samples",
     "logging",
     "compile",
+    "metadata",
 )
 EXISTING_RUN: dict[str, dict[str, bool]] = {
     "continue": {"resume": True, "overwrite": False},

@@ -8,12 +8,15 @@ from typing import Any, Literal, get_args, get_origin
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
-from ..engine.config import FIELDS, Config
+from ..engine.config import FIELDS, Config, NetworkArguments
+from ..engine.config.quantization import QuantizationConfig
 from ..engine.config_file import Given, build_config
 from ..engine.setting_words import base_types
 
 Settings = Mapping[str, Any]
 
+# What a widget can be for: settings, and the keys of network_args.
+_FIELDS = FIELDS | QuantizationConfig.model_fields | NetworkArguments.model_fields
 # The choice that stands for no value where a setting may have none.
 UNSET = "unset"
 # What one click changes a number by; it also decides how many digits are shown.
@@ -24,7 +27,7 @@ _LIMITS = {"min": ("ge", "gt"), "max": ("le", "lt")}
 
 
 def widget(name: str, *, advanced: bool = False, **changes: Any) -> io.Input:
-    """The widget of a setting.
+    """The widget of a setting, or of a key of network_args.
 
     Settings without a value become 0, an empty text or the choice "unset"; a list has one entry
     per line.
@@ -33,7 +36,7 @@ def widget(name: str, *, advanced: bool = False, **changes: Any) -> io.Input:
         changes: what differs from the config model, such as ``default`` or ``tooltip``; with
             ``options`` a text is chosen from them.
     """
-    field = FIELDS[name]
+    field = _FIELDS[name]
     kinds = base_types(field.annotation)
     optional = type(None) in kinds
     options = {"tooltip": field.description, "advanced": advanced or None}
@@ -61,7 +64,7 @@ def settings(where: str, widgets: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: lists every value that cannot be.
     """
-    values = {name: _value(FIELDS[name], value) for name, value in widgets.items()}
+    values = {name: value_of(name, value) for name, value in widgets.items()}
     build_config({name: Given(where, value) for name, value in values.items()})
     return values
 
@@ -78,7 +81,9 @@ def combine(*parts: Settings | None, where: str) -> Config:
     return build_config({name: Given(where, value) for name, value in merged.items()})
 
 
-def _value(field: FieldInfo, value: Any) -> Any:
+def value_of(name: str, value: Any) -> Any:
+    """What the widget of a setting means; checked by nobody yet."""
+    field = _FIELDS[name]
     kinds = base_types(field.annotation)
     if list in kinds:
         return [line.strip() for line in value.splitlines() if line.strip()]

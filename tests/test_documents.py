@@ -11,6 +11,7 @@ from pack.engine.__main__ import main
 from pack.engine.config import FIELDS
 from pack.engine.config_file import parse_config
 from pack.engine.config_types import OPTIMIZERS
+from pack.engine.lora_command import TOOLS
 from pack.engine.setting_words import expected
 from pack.engine.tracker_arguments import read_arguments
 
@@ -55,6 +56,13 @@ def jobs(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
 
 
+def options_of_tool(tool: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """What ``python -m engine lora TOOL --help`` lists."""
+    with pytest.raises(SystemExit):
+        main(["lora", tool, "--help"])
+    return set(re.findall(r"--(\w+)", capsys.readouterr().out))
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_command_of_ours_has_a_job_and_options_that_exist(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -70,7 +78,11 @@ def test_a_command_of_ours_has_a_job_and_options_that_exist(
             assert job in known or job == "<job>", line
         if arguments:
             options = {word for word in re.findall(r"--([a-z]\w+)", arguments)}
-            assert options <= FIELDS.keys() | OTHER_OPTIONS, line
+            allowed = FIELDS.keys() | OTHER_OPTIONS
+            if tool := re.match(r"lora (\w+)", arguments):
+                assert tool[1] in TOOLS, line
+                allowed = options_of_tool(tool[1], capsys)
+            assert options <= allowed, line
         for word in re.findall(r"-m engine control \S+ (\w+)", command):
             assert word in {"status", *control.COMMANDS}, line
 

@@ -18,6 +18,7 @@ from .inputs import DatasetConfig, ModelConfig
 from .learning import LossConfig, OptimizerConfig, TimestepConfig
 from .metadata import MetadataConfig
 from .network import NetworkArguments, NetworkConfig
+from .quantization import QuantizationConfig
 from .running import (
     LoggingConfig,
     OutputConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "NetworkConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "QuantizationConfig",
     "RuntimeConfig",
     "SamplesConfig",
     "TimestepConfig",
@@ -56,6 +58,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     dataset: DatasetConfig = DatasetConfig()
     network: NetworkConfig = NetworkConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -18,9 +18,12 @@ from ..architectures.base import Architecture
 from ..config import Config, TrainingConfig
 from ..dataset import CachedItem
 from ..errors import ConfigError
+from ..events import Reporter, silent
 from ..lora_spelling import spell
 from ..networks.network import Network
+from . import model as model_job
 from . import network_plan, tracking
+from .model import load_transformer
 from .objective import objective_of
 from .plan import Plan, TimeDraws, schedule_settings
 from .step import OptimizerStep, VelocityModel
@@ -76,6 +79,7 @@ def check(config: Config) -> None:
     optimizer, validation = config.optimizer, config.validation
     device = hardware.find_device(config.runtime.device)
     network_plan.check(config)
+    model_job.check(config, trains=True)
     optimizers.check(optimizer.optimizer_type, optimizer.arguments, allowed, device=device)
     _check_optimizer_of_network(config)
     compile.check(compile_settings(config.training), device)
@@ -97,16 +101,15 @@ def build(
     accelerator: Any,
     items: Sequence[CachedItem],
     plan: Plan,
+    report: Reporter = silent,
 ) -> Built:
     """Load the model and put a new LoRA and optimizer on it."""
-    assert config.model.dit is not None
     device = device_of(config, accelerator)
     precision = config.training.mixed_precision
-    transformer = architecture.load_transformer(
-        config.model.dit, dtype=hardware.DTYPES[precision], device=device
-    )
+    base = config.network.base_loras
+    transformer = load_transformer(config, architecture, device, report, loras=base)
     planned = network_plan.plan_network(config, architecture, transformer)
-    remarks = network_plan.merge_base_weights(config, architecture, transformer)
+    remarks: list[str] = []
     network = planned.put_on(transformer, seeds.generator(config.runtime.seed, "lora"))
     _check_format(config, architecture, network)
     if config.training.gradient_checkpointing:

@@ -23,6 +23,7 @@ from ..weights import open_checkpoint
 from . import build, cache, disk, outputs
 from .cache_plan import Plan as CachePlan
 from .entries import Entry
+from .model import quantization_of
 from .needs import Needs, needs_of
 from .plan import Plan, plan_run
 from .recipe import recipe_of, saved_progress
@@ -46,7 +47,9 @@ def run(config: Config, report: Reporter) -> None:
     device = hardware.find_device(config.runtime.device)
     architecture = find_architecture(config.model.architecture, config.model.dit)
     assert config.model.dit is not None
-    transformer = architecture.empty_transformer(config.model.dit)
+    transformer = architecture.empty_transformer(
+        config.model.dit, quantization=quantization_of(config)
+    )
     todo = cache.plan(config, architecture)
     cache.require_encoders(config, todo)
     items = expected_items(config, architecture, transformer, todo)
@@ -79,7 +82,9 @@ def before_loading(
         EngineError: the folder cannot be written to, or the disk has not enough room.
     """
     assert config.model.dit is not None
-    transformer = architecture.empty_transformer(config.model.dit)
+    transformer = architecture.empty_transformer(
+        config.model.dit, quantization=quantization_of(config)
+    )
     return _problems(needs_of(config, architecture, transformer, items, plan, device), files)
 
 
@@ -182,7 +187,7 @@ def _problems(needs: Needs, files: outputs.RunFiles) -> list[Message]:
 
 def _what(needs: Needs, todo: CachePlan) -> Iterator[str]:
     """What would be trained, and for how long."""
-    config, items, plan = needs.config, needs.items, needs.plan
+    items, plan = needs.items, needs.plan
     shapes = {dict(item.shapes)["latents"] for item in items}
     scale = needs.architecture.pixels_per_latent
     sizes = sorted(f"{shape[-1] * scale}x{shape[-2] * scale}" for shape in shapes)

@@ -18,10 +18,10 @@ from ..architectures import find_architecture
 from ..architectures.base import Architecture
 from ..config import Config, GenerateConfig
 from ..errors import ConfigError, DataError
-from ..events import Finished, Message, Progress, Reporter, Saved, silent
+from ..events import Finished, Progress, Reporter, Saved, silent
 from ..signals import Stopped, StopSignals
 from .cache import load_text_encoders
-from .network_plan import merge_file
+from .model import check, load_transformer
 from .picture import (
     SamplingSettings,
     check_size,
@@ -48,6 +48,7 @@ def run(config: Config, report: Reporter) -> list[Path]:
         Stopped: a signal ended the job; finished pictures are written.
     """
     config.require("dit", "vae", "text_encoder1", "text_encoder2", "save_path")
+    check(config, trains=False)
     texts = _prompts(config.generate)
     hardware.use_threads(config.runtime.cpu_threads)
     width, height = config.generate.image_size
@@ -77,13 +78,7 @@ def load_with_loras(
     config: Config, architecture: Architecture, device: torch.device, report: Reporter = silent
 ) -> nn.Module:
     """The transformer with every ``lora_weight`` merged at its multiplier."""
-    assert config.model.dit is not None
-    dtype = hardware.DTYPES[config.training.mixed_precision]
-    transformer = architecture.load_transformer(config.model.dit, dtype=dtype, device=device)
-    for path, multiplier in config.generate.loras:
-        for told in merge_file(path, multiplier, architecture, transformer):
-            report(Message(told))
-    return transformer
+    return load_transformer(config, architecture, device, report, loras=config.generate.loras)
 
 
 def _prompts(settings: GenerateConfig) -> list[str]:

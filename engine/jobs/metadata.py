@@ -68,6 +68,10 @@ _SETTINGS = (
     "dynamo_backend",
     "save_precision",
     "seed",
+    "fp8_base",
+    "fp8_scaled",
+    "quantize_format",
+    "quantize_mode",
 )
 
 

@@ -18,6 +18,7 @@ from ..architectures.base import Architecture
 from ..config import Config
 from ..dataset import KEEP_IN_MEMORY_BYTES, CachedItem
 from ..networks.network import Network
+from ..quantized_model import scratch_bytes
 from .network_plan import NetworkPlan, check_base_weights, plan_network
 from .plan import Plan
 
@@ -108,7 +109,8 @@ class Needs:
             is_continued=self.plan.start > 0,
         )
         return memory.estimate(
-            model_bytes=memory.frozen_bytes(self.transformer),
+            model_bytes=memory.frozen_bytes(self.transformer)
+            + scratch_bytes(self.transformer, dtype),
             num_trained=self.num_trained,
             optimizer_bytes=self.optimizer_bytes,
             activation_bytes=self._activation_bytes(batch, gradient_checkpointing),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import lora_merge, lora_targets
+from .. import lora_targets
 from ..adapter_weights import AdapterWeights, FullWeights, LoHaWeights, LoKrWeights, LoRAWeights
 from ..architectures.base import Architecture
 from ..config import Config, NetworkConfig
@@ -141,45 +141,13 @@ def plan_network(config: Config, architecture: Architecture, transformer: nn.Mod
 def check_base_weights(
     config: Config, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Whether `merge_base_weights` could merge the files into a model with these layers.
+    """Whether ``base_weights`` can be merged into a model with these layers.
 
     Raises:
         CheckpointError: a file is no LoRA, or one for another model.
     """
     for path, _ in config.network.base_loras:
         read_lora(path, [architecture.layer_names], shapes=shapes)
-
-
-def merge_base_weights(
-    config: Config, architecture: Architecture, transformer: nn.Module
-) -> list[str]:
-    """Merge ``base_weights`` into the model; gives a sentence on each.
-
-    Raises:
-        CheckpointError: a file is no LoRA, or one for another model.
-    """
-    told: list[str] = []
-    for path, multiplier in config.network.base_loras:
-        told += merge_file(path, multiplier, architecture, transformer)
-    return told
-
-
-def merge_file(
-    path: Path, multiplier: float, architecture: Architecture, transformer: nn.Module
-) -> list[str]:
-    """Merge a LoRA file of any kind into the model; gives sentences on what was done.
-
-    Raises:
-        CheckpointError: it is no LoRA, or one for another model.
-    """
-    names = architecture.layer_names
-    layers = published_layers(names, transformer)
-    shapes = {name: layer.shape for name, layer in layers.items()}
-    file = read_lora(path, [names], shapes=shapes)
-    inner = {name: layer.inner for name, layer in layers.items()}
-    lora_merge.merge_into(transformer, inner, file.layers, multiplier=multiplier)
-    told = f"{path.name} is merged at {multiplier:g}, layers: {len(file.layers)}"
-    return [told, *(f"{path.name}: {remark}" for remark in file.remarks)]
 
 
 def _targets(

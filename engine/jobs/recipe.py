@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import training_state
 from ..architectures.base import Architecture
-from ..config import FIELDS, Config, NetworkConfig
+from ..config import FIELDS, Config, NetworkConfig, QuantizationConfig
 from ..errors import ConfigError
 from ..weights import fingerprint
 
@@ -21,12 +21,19 @@ def recipe_of(config: Config, architecture: Architecture, num_processes: int) ->
     return {
         "architecture": architecture.name,
         **_network(config.network),
+        **_quantization(config.quantization),
         **config.optimizer.model_dump(mode="json"),
         **config.timesteps.model_dump(mode="json"),
         **config.loss.model_dump(mode="json"),
         **{name: config.value(name) for name in named},
         "num_processes": num_processes,
     }
+
+
+def _quantization(wanted: QuantizationConfig) -> dict[str, Any]:
+    """What decides the weights; the rest says where and for which job."""
+    others = {"fp8", "fp8_base", "quantized_cache"}
+    return wanted.model_dump(mode="json", exclude=others)
 
 
 def _network(network: NetworkConfig) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def run(config: Config, report: Reporter) -> None:
             return
         if accelerator.is_main_process and not start.finished:
             _check_needs(config, architecture, data, start, report)
-        built = build.build(config, architecture, accelerator, data.train, start.plan)
+        built = build.build(config, architecture, accelerator, data.train, start.plan, report)
         for remark in build.remarks(config, built, start.plan):
             report(Message(remark))
         if start.state_path:

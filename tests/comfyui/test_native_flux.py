@@ -14,8 +14,9 @@ from pack.engine.adapter_weights import LoRAWeights
 from pack.engine.demo import draw
 from pack.engine.demo.pictures import Picture
 from pack.engine.jobs.generate import SamplingSettings, initial_noise, sample
-from pack.engine.jobs.network_plan import merge_file
+from pack.engine.layer_names import published_layers
 from pack.engine.lora_file import save_adapters
+from pack.engine.lora_merge import merge_into
 from pack.engine.lora_targets import select
 from pack.engine.weights import open_checkpoint
 from pack.tests.comfyui.conftest import ComfyUI
@@ -89,7 +90,9 @@ def outcome(
     settings = SamplingSettings(STEPS, SHIFT, GUIDANCE)
     ours = {"encoded": latents, "decoded": model.autoencoder.decode(latents)}
     ours["base"] = sample(FLUX, model.transformer, noise, conditions, settings)
-    merge_file(folder / "lora.safetensors", 1.0, FLUX, model.transformer)
+    layers = published_layers(FLUX.layer_names, model.transformer)
+    inner = {name: layer.inner for name, layer in layers.items()}
+    merge_into(model.transformer, inner, weights, multiplier=1.0)
     ours["tuned"] = sample(FLUX, model.transformer, noise, conditions, settings)
     yield Outcome(
         ours,

@@ -183,3 +183,52 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_child(run_job: RunJob) -> Non
     )
     assert events == [Message("True")]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Tools for LoRA files
+
+
+@pytest.fixture
+def run_tool(run_job: RunJob, tmp_path: Path) -> Callable[..., None]:
+    """As `run_job`, with arguments."""
+
+    def run(program: str, *arguments: str, **options: object) -> None:
+        (tmp_path / "trainer" / "__main__.py").write_text(_PROGRAM + program)
+        options = {"on_event": silent} | options
+        launch.run_tool("resize", arguments, log=tmp_path / "run.log", **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def test_a_tool_is_started_as_in_the_shell_and_told_to_watch_its_input(
+    run_tool: Callable[..., None],
+) -> None:
+    events: list[Event] = []
+    program = 'report(event="message", text=" ".join(sys.argv[1:]))'
+    run_tool(program, "a b", "--rank", "4", on_event=events.append)
+    assert events == [Message("lora resize a b --rank 4 --events json --stop_with_input")]
+
+
+def test_the_error_of_a_tool_is_its_sentence_or_the_end_of_its_log(
+    run_tool: Callable[..., None],
+) -> None:
+    program = 'report(event="message", level="error", text="no such file"); exit(1)'
+    with pytest.raises(EngineError, match="^no such file$"):
+        run_tool(program)
+    with pytest.raises(EngineError) as caught:
+        run_tool("raise ValueError(3)")
+    assert str(caught.value).startswith("the resize process ended with exit code 1. Its last words")
+    with pytest.raises(EngineError, match=r"^the resize process ended with exit code 3\."):
+        run_tool("exit(3)")
+
+
+def test_a_tool_that_does_not_listen_is_killed_soon(run_tool: Callable[..., None]) -> None:
+    def cancel(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        # As a regular expression that takes for ever, it lets no other thread run.
+        program = "import re; step(1); re.fullmatch(r'((\\w|\\.)+)+!', 'a' * 60)"
+        run_tool(program, on_event=cancel)
+    assert time.monotonic() - start < 20

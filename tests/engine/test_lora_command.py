@@ -11,6 +11,7 @@ from pack.engine.__main__ import main
 from pack.engine.adapter_weights import LoRAWeights, delta
 from pack.engine.architectures.flux_names import NAMES
 from pack.engine.demo import draw
+from pack.engine.events import Message, Progress, from_line
 from pack.engine.lora_command import TOOLS
 from pack.engine.lora_file import read_lora, write_lora
 from pack.engine.weights import open_checkpoint
@@ -106,6 +107,20 @@ def test_ema_takes_the_files_of_a_training(
     assert out.index(loras[0].name) < out.index(loras[2].name) and output.exists()
     given = tool(capsys, "ema", *reversed(loras), "--output", output, "--no_sort", "--overwrite")
     assert given.index(loras[2].name) < given.index(loras[0].name)
+
+
+def test_programs_read_progress_and_report_as_events(
+    capsys: pytest.CaptureFixture[str], loras: list[Path], tmp_path: Path
+) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(f"dit = '{MODEL}'", "utf-8")
+    resize = ("resize", loras[0], tmp_path / "small.safetensors", "--rank", "2")
+    for words in (resize, ("targets", "--config_file", settings)):
+        out = tool(capsys, *words, "--events", "json")
+        events = [from_line(line) for line in out.splitlines()]
+        assert isinstance(events[-1], Message) and None not in events
+        assert "rank" in events[-1].text
+        assert len(events) == 1 or Progress("resizing", 1, 1, "layer") in events
 
 
 def test_what_cannot_be_done_is_one_sentence_and_an_exit_code(

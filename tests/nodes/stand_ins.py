@@ -16,7 +16,7 @@ _WIDGETS = {
     "Combo": {"default", "options"},
     "Float": {"default", "min", "max", "step", "round"},
     "Int": {"default", "min", "max", "step", "control_after_generate"},
-    "String": {"default", "multiline", "placeholder"},
+    "String": {"default", "force_input", "multiline", "placeholder"},
 }
 _SOCKETS = ("Clip", "Conditioning", "Image", "Model", "Vae")
 

@@ -42,6 +42,13 @@ OTHER: dict[str, Any] = {
     "network_module": "networks.lora_flux",
     "network_dim": 8,
     "network_alpha": 0.1,
+    "network_dropout": 0.1,
+    "network_args": [r"include_patterns=['.*\\.0\\..*']", "loraplus_lr_ratio=4.0"],
+    "scale_weight_norms": 1.0,
+    "network_weights": Path("models/loras/first.safetensors"),
+    "dim_from_weights": True,
+    "base_weights": [Path("models/loras/base.safetensors")],
+    "base_weights_multiplier": [0.5],
     "optimizer_type": "torch.optim.SGD",
     "optimizer_args": ["weight_decay=0.1", "betas=(0.9, 0.99)"],
     "learning_rate": 3e-5,
@@ -111,6 +118,16 @@ OTHER: dict[str, Any] = {
     "preview_images": 2,
     "autosave_minutes": 0.0,
     "save_precision": "fp32",
+    "save_format": "kohya",
+    "no_metadata": True,
+    "training_comment": "two lines,\n of 'text'",
+    "metadata_title": "Cats",
+    "metadata_author": "me",
+    "metadata_description": "All of my cats.",
+    "metadata_license": "CC-BY-4.0",
+    "metadata_tags": "cat, black",
+    "metadata_reso": "512,768",
+    "metadata_arch": "other",
     "logging_dir": Path("output/lora_loom/logs"),
     "log_prefix": "cats_",
     "log_with": "all",
@@ -168,10 +185,13 @@ def settings_in(outputs: dict[str, Any]) -> list[str]:
 
 def config_with(base: Path, **values: Any) -> Config:
     """A config whose relative paths are made whole."""
-    whole = {
-        name: base / value if isinstance(value, Path) else value for name, value in values.items()
-    }
-    return build_config({name: Given("test", value) for name, value in whole.items()})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(part) for part in value]
+        return base / value if isinstance(value, Path) else value
+
+    return build_config({name: Given("test", whole(value)) for name, value in values.items()})
 
 
 def test_every_setting_goes_through_one_output_or_is_left_out_on_purpose(
@@ -200,6 +220,8 @@ def test_every_setting_that_goes_through_is_tested_with_another_value(
 def test_a_recipe_comes_back_as_it_was(
     config_files: Any, comfyui: FolderPaths, names: set[str]
 ) -> None:
+    # A multiplier is for one of the files.
+    names |= {"base_weights"} if "base_weights_multiplier" in names else set()
     config = config_with(
         comfyui.base, **{"output_name": "cats"} | {name: OTHER[name] for name in names}
     )
@@ -249,6 +271,16 @@ def test_a_file_is_read_when_there_is_no_text(config_files: Any, comfyui: Folder
             "sample_lines, line 1: --ci = /etc/passwd: a recipe in a workflow may only",
         ),
         ("none", "logging_dir = './logs'", "logging_dir = logs: a recipe in a workflow may only"),
+        (
+            "none",
+            "network_weights = '/etc/a.safetensors'",
+            "network_weights = /etc/a.safetensors: a recipe in a workflow may only",
+        ),
+        (
+            "none",
+            "base_weights = ['/etc/a.safetensors']",
+            "base_weights = /etc/a.safetensors: a recipe in a workflow may only",
+        ),
         ("none", "dit = '/etc/passwd'", "dit = /etc/passwd: a recipe in a workflow may only"),
     ],
 )

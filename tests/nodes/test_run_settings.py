@@ -32,6 +32,7 @@ SETTINGS_NODES = (
     "LoraLoom_SamplePrompts",
     "LoraLoom_Logging",
     "LoraLoom_Compile",
+    "LoraLoom_LoraMetadata",
 )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack.engine.config import FIELDS
+from pack.engine.config import FIELDS, NetworkArguments
 
 NODES = Path(__file__).parents[2] / "nodes"
 SOURCES = {path.stem: path.read_text("utf-8") for path in NODES.glob("*.py")}
@@ -20,12 +21,21 @@ CLASSES = {
     if isinstance(node, ast.ClassDef) and any("ComfyNode" in ast.unparse(b) for b in node.bases)
 }
 MOST_LINES = 15
+# What widgets may be for that `execute` takes as settings.
+SETTINGS = FIELDS.keys() | NetworkArguments.model_fields.keys()
 
 
 def execute_of(node: ast.ClassDef) -> ast.FunctionDef:
     """What a node runs."""
     methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
     return next(method for method in methods if method.name == "execute")
+
+
+def is_looked_up(name: str) -> bool:
+    """Whether some code reads ``inputs["name"]``, or names with numbers of which it is one."""
+    numbered = re.sub(r"\d$", "{number}", name)
+    ways = (f'inputs["{name}"]', f'inputs.get("{name}")', f'inputs[f"{numbered}"]')
+    return any(way in source for source in SOURCES.values() for way in ways)
 
 
 def test_every_node_is_registered_once() -> None:
@@ -67,8 +77,9 @@ def test_execute_takes_every_input(node_types: dict[str, Any]) -> None:
         assert named.keys() <= inputs.keys(), node_id
         others = inputs.keys() - named.keys()
         assert takes_any or not others, node_id
-        # What is not named is taken as a setting.
-        assert {name for name in others if inputs[name].is_widget} <= FIELDS.keys(), node_id
+        # What is not named is taken as a setting, or looked up by its name.
+        widgets = {name for name in others if inputs[name].is_widget}
+        assert not {name for name in widgets - SETTINGS if not is_looked_up(name)}, node_id
         for name, parameter in named.items():
             has_default = parameter.default is not parameter.empty
             assert has_default == inputs[name].options.get("optional", False), (node_id, name)

@@ -11,7 +11,7 @@ from pack.tests.nodes.stand_ins import FolderPaths
 
 SOCKETS = (
     *("model", "dataset", "lora", "optimizer", "lr_scheduler", "timesteps", "options"),
-    *("loss", "validation", "samples", "logging", "compile"),
+    *("loss", "validation", "samples", "logging", "compile", "metadata"),
 )
 WIDGETS = {"output_name": "cats", "max_train_steps": 10, "network_dim": 4, "save_every_n_steps": 0}
 

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
-from . import lora_command
+from . import lora_command, quantize_command
 from .config import Config
 from .config_file import load_config, to_toml
 from .console import ConsoleReporter, json_lines
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
-    takes_settings = parsed.job in _JOBS or vars(parsed).get("tool") == "targets"
+    takes_settings = parsed.job in (*_JOBS, "quantize") or vars(parsed).get("tool") == "targets"
     if unknown and not takes_settings:
         raise ConfigError(f"{parsed.job} does not take {' '.join(unknown)}")
     if parsed.job == "options":
@@ -67,7 +67,7 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
         wait, as_json = parsed.wait, parsed.json
         control.run(parsed.run, parsed.command, wait=wait, as_json=as_json, write=_print)
         return 0
-    if parsed.job == "lora":
+    if parsed.job in ("lora", "quantize"):
         _run_tool(parsed, unknown)
         return 0
     # The progress bar is closed before an error is written, which so has a line of its own.
@@ -89,7 +89,10 @@ def _run(parsed: argparse.Namespace, unknown: Sequence[str]) -> int:
 def _run_tool(parsed: argparse.Namespace, unknown: Sequence[str]) -> None:
     with closing(ConsoleReporter()) as console:
         report = json_lines(sys.stdout) if parsed.events == "json" else console
-        if parsed.tool == "targets":
+        if parsed.job == "quantize":
+            config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
+            result = quantize_command.run(parsed, config, report)
+        elif parsed.tool == "targets":
             from .jobs import lora_targets
 
             config = load_config(parsed.config_file, given_words(parsed, unknown), os.environ)
@@ -157,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of the training")
     _add_events(demo)
     _add_control(jobs.add_parser("control", help="tell a running training what to do"))
+    quantize = jobs.add_parser("quantize", help="write a model in 8 bits", allow_abbrev=False)
+    quantize_command.add_arguments(quantize)
+    _add_events(quantize)
+    add_options(quantize)
     lora = jobs.add_parser("lora", help="tools for LoRA files", allow_abbrev=False)
     tools = lora.add_subparsers(dest="tool", required=True, metavar="tool")
     targets = lora_command.add_tool(tools, "targets")

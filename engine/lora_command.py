@@ -59,16 +59,25 @@ def run(parsed: argparse.Namespace, report: Reporter) -> ToolResult:
     """
     _, tool = _COMMANDS[parsed.tool]
     result = tool(parsed, report)
-    path = vars(parsed).get("picture")
-    if path and result.picture:
-        try:
-            result.picture.save(path, "PNG")
-        except OSError as error:
-            raise EngineError(
-                f"{path}: the picture cannot be written ({error.strerror or error}); choose "
-                "another folder"
-            ) from None
+    save_picture(result, vars(parsed).get("picture"))
     return result
+
+
+def save_picture(result: ToolResult, path: Path | None) -> None:
+    """Write the picture of a tool, if it is asked for and there is one.
+
+    Raises:
+        EngineError: the file cannot be written.
+    """
+    if path is None or result.picture is None:
+        return
+    try:
+        result.picture.save(path, "PNG")
+    except OSError as error:
+        raise EngineError(
+            f"{path}: the picture cannot be written ({error.strerror or error}); choose another "
+            "folder"
+        ) from None
 
 
 def _add_output(command: argparse.ArgumentParser, *, dtype: bool = True) -> None:

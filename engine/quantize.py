@@ -216,9 +216,7 @@ def quantize_into(
             encode_groups(weight_OI[part].reshape(1, -1), scale_G1, codes_Gn, workspace)
     else:
         group_size = result.block_size or weight_OI.shape[1]
-        parts = [
-            (weight_OI[part].reshape(-1, group_size), part) for part in _row_slices(weight_OI)
-        ]
+        parts = [(weight_OI[part].reshape(-1, group_size), part) for part in _row_slices(weight_OI)]
         if search:
             scales = [group_scale([values_Gn], rule, workspace) for values_Gn, _ in parts]
             scale_G1 = torch.cat(scales)

@@ -87,6 +87,21 @@ def load_quantized(
     return reports
 
 
+def keep_from_broadcasts(model: nn.Module) -> None:
+    """Let DistributedDataParallel, when it wraps the model, leave its layers in 8 bits alone.
+
+    It would send all codes to every process in every step, and with gloo it cannot send FP8. The
+    processes have loaded the same ones.
+    """
+    names = [
+        f"{path}.{name}"
+        for path, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+        for name, _ in layer.named_buffers()
+    ]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
 def scratch_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """What the layers in 8 bits need to restore their weights in, all together, at most."""
     layers = [each for each in module.modules() if isinstance(each, QuantizedLinear)]

@@ -9,7 +9,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def stored_tensors(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     measure: bool = False,
-) -> Iterator[Stored]:
+) -> Generator[Stored, None, None]:
     """The tensors of a model in the order of ``keys``, which are best in that of the file.
 
     Args:

@@ -7,7 +7,7 @@ small because only so many pieces are begun before their results are taken.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -32,7 +32,7 @@ def num_workers(device: torch.device | str) -> int:
 
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """``work`` of every item, in the order of the items.
 
     At most ``num_threads + 1`` items are begun or wait to be taken. Each thread computes with one

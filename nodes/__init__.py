@@ -13,6 +13,7 @@ from .lora_making import CombineLoras, ExtractLora, MergeLora, PostHocEma
 from .lora_settings import LoraMetadata, LoraSettings
 from .lora_tools import ConvertLora, InspectLora, LoraTargets, ResizeLora
 from .loss import Loss
+from .magcache import MagCache, MagCacheCalibrate, SaveMagCacheRatios
 from .quantized_model import LoadQuantizedModel, QuantizeModel
 from .run_settings import Compile, Logging, SamplePrompts, Validation
 from .settings import (
@@ -52,6 +53,9 @@ NODES: list[type[io.ComfyNode]] = [
     PostHocEma,
     LoadQuantizedModel,
     QuantizeModel,
+    MagCache,
+    MagCacheCalibrate,
+    SaveMagCacheRatios,
     DemoModel,
     DemoTextEncode,
 ]

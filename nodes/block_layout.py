@@ -8,7 +8,7 @@ ComfyUI is imported before it is needed: what its layouts inherit from came with
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ def quantized_weight(quantized: Quantized, dtype: torch.dtype) -> torch.nn.Param
     """
     from comfy.quant_ops import QuantizedTensor
 
-    params = _layout().Params(
+    _layout()
+    params = BlockParams(
         quantized.scale,
         dtype,
         tuple(quantized.codes.shape),
@@ -91,7 +92,7 @@ def _has_what_it_takes() -> bool:
     try:
         from comfy.ops import mixed_precision_ops  # noqa: F401
         from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor  # noqa: F401
-        from comfy_kitchen.tensor import BaseLayoutParams, register_layout_class  # noqa: F401
+        from comfy_kitchen.tensor import QuantizedLayout, register_layout_class  # noqa: F401
     except ImportError:
         return False
     return hasattr(QuantizedTensor, "requantize_from_float")
@@ -99,25 +100,19 @@ def _has_what_it_takes() -> bool:
 
 def _layout() -> Any:
     """Our layout; registered when it is asked for first."""
-    from comfy_kitchen.tensor import (
-        BaseLayoutParams,
-        QuantizedLayout,
-        get_layout_class,
-        register_layout_class,
-    )
+    from comfy_kitchen.tensor import QuantizedLayout, get_layout_class, register_layout_class
 
     try:
         return get_layout_class(NAME)
     except KeyError:
-        params = type("Params", (_BlockParams, BaseLayoutParams), {})
-        layout = type("BlockLayout", (_BlockLayout, QuantizedLayout), {"Params": params})
+        layout = type("BlockLayout", (_BlockLayout, QuantizedLayout), {})
         register_layout_class(NAME, layout)
         return layout
 
 
 @dataclass(frozen=True)
-class _BlockParams:
-    """All but the codes; the names of the first three are ComfyUI's."""
+class BlockParams:
+    """All of a weight but the codes; the names of the first three are ComfyUI's."""
 
     scale: Tensor
     orig_dtype: torch.dtype
@@ -125,11 +120,27 @@ class _BlockParams:
     mode: str
     block_size: int | None
 
+    def to_device(self, device: torch.device) -> BlockParams:
+        """The same with the scales on another device."""
+        return replace(self, scale=self.scale.to(device))
+
+    def clone(self) -> BlockParams:
+        """The same; the scales are shared.
+
+        ComfyUI calls this for every view of a weight, such as ``weight.data``, and restores
+        weights by writing into that: it has to reach the scales, too.
+        """
+        return replace(self)
+
+    def copy_from(self, src: BlockParams, non_blocking: bool = False) -> None:
+        """Take the scales of a weight that is stored in the same way."""
+        self.scale.copy_(src.scale, non_blocking=non_blocking)
+
 
 class _BlockLayout:
     """What ComfyUI asks a layout to do."""
 
-    Params: Any
+    Params = BlockParams
 
     @classmethod
     def quantize(
@@ -160,7 +171,7 @@ class _BlockLayout:
             generator = torch.Generator(tensor.device).manual_seed(stochastic_rounding)
             round_stochastically(made, tensor, generator=generator)
         shape = tuple(tensor.shape)
-        return made.codes, cls.Params(made.scale, tensor.dtype, shape, made.mode, made.block_size)
+        return made.codes, BlockParams(made.scale, tensor.dtype, shape, made.mode, made.block_size)
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
@@ -247,15 +258,12 @@ class _BlockLinear:
         return_weight: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As of ComfyUI's; in place, too, where that has an assertion."""
-        if not (inplace_update and _is_ours(self.weight)):
-            return super().set_weight(
-                weight, inplace_update, seed=seed, return_weight=return_weight, **kwargs
-            )
-        new = self.weight.requantize_from_float(weight, stochastic_rounding=seed)
-        if return_weight:
-            return new.to(self.weight.dtype)
-        return self.weight.copy_(new)
+        """As of ComfyUI's, but hooks may change weights: that asserts ``inplace_update`` is False.
+
+        It is never done in place. ComfyUI keeps what the weight was, to restore it later, in a
+        copy that shares its memory.
+        """
+        return super().set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
 
     def _forward(self, input: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         if not _is_ours(weight):

@@ -33,7 +33,12 @@ from .train import more_training_inputs, training_inputs
 _MENU = f"{CATEGORY}/recipe"
 # What each socket carries. Where files go and what happens to old ones is for the node to say.
 _PARTS: dict[str, tuple[str, ...]] = {
-    "model": (*GROUPS["model"].model_fields, "mixed_precision", "gradient_checkpointing"),
+    "model": (
+        *GROUPS["model"].model_fields,
+        *GROUPS["quantization"].model_fields,
+        "mixed_precision",
+        "gradient_checkpointing",
+    ),
     "dataset": tuple(GROUPS["dataset"].model_fields),
     "lora": (
         *(name for name in GROUPS["network"].model_fields if name != "network_dim"),

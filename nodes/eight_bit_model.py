@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
@@ -101,6 +102,8 @@ def load_model(
     if patcher is None:  # `_types` asked the same question
         raise _unknown_model(source)
     patcher.cached_patcher_init = (reload_patcher, (request,))
+    # In its other mode ComfyUI copies patched weights as floats over those in 8 bits.
+    patcher.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
     lines = [f"{request.path.name}: {names.family}", *told, *remarks(source), summary(layers)]
     return LoadedModel(patcher, layers, "\n".join(lines))
 

@@ -6,6 +6,7 @@ All is read from ComfyUI's objects; nothing is changed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _FAMILIES = {
     "VaceWanModel": "wan",
 }
 _MOST_STEPS = 1000
+_TRIED = 5  # numbers of steps that a part of a run may be of
 _CLOSE = 1e-4  # noise levels that are the same: float32, and tables of 1000 and 10000 steps
 
 
@@ -119,12 +121,14 @@ def run_facts(model_sampling: Any, sampler: Any, sigmas: Tensor) -> RunFacts:
     from comfy.samplers import KSAMPLER
 
     steps = len(sigmas) - 1
-    part = Part(0, steps, steps)
-    scheduler = _scheduler(model_sampling, sigmas, part)
-    if scheduler is None:
+    found = _grid(model_sampling, sigmas, [steps])
+    if found is None:
         start, end = (_time(model_sampling, float(sigmas[index])) for index in (0, -1))
         part = _part(steps, start, end)
-        scheduler = _scheduler(model_sampling, sigmas, part) or "custom"
+        # The steps of some grids are longer than the time that they take.
+        near = sorted(range(steps, part.steps + 3), key=lambda total: abs(total - part.steps))
+        found = _grid(model_sampling, sigmas, near[:_TRIED]) or (part, "custom")
+    part, scheduler = found
     name = type(sampler).__name__
     if isinstance(sampler, KSAMPLER):
         name = sampler.sampler_function.__name__.removeprefix("sample_")
@@ -187,20 +191,24 @@ def _digest_of_shapes(module: nn.Module) -> str:
     return hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]
 
 
-def _scheduler(model_sampling: Any, sigmas: Tensor, part: Part) -> str | None:
-    """The name of ComfyUI's time grid of which ``sigmas`` are this part."""
+def _grid(model_sampling: Any, sigmas: Tensor, totals: list[int]) -> tuple[Part, str] | None:
+    """The one of ComfyUI's time grids that has these noise levels, and which part of it they are.
+
+    Args:
+        totals: the numbers of steps to try.
+    """
     from comfy.samplers import SCHEDULER_NAMES, calculate_sigmas
 
     wanted = sigmas.float().cpu()
-    for name in SCHEDULER_NAMES:
-        # Some samplers leave out the last step but one of a longer grid.
-        for more in (0, 1):
-            grid = calculate_sigmas(model_sampling, name, part.steps + more).float().cpu()
-            if more:
-                grid = torch.cat([grid[:-2], grid[-1:]])
-            found = grid[part.first : part.end + 1]
-            if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=_CLOSE):
-                return name
+    # Some samplers leave out the last step but one of a longer grid.
+    for total, more, name in itertools.product(totals, (0, 1), SCHEDULER_NAMES):
+        grid = calculate_sigmas(model_sampling, name, total + more).float().cpu()
+        if more:
+            grid = torch.cat([grid[:-2], grid[-1:]])
+        first = int((grid - wanted[0]).abs().argmin())
+        part = grid[first : first + len(wanted)]
+        if part.shape == wanted.shape and torch.allclose(part, wanted, rtol=0, atol=_CLOSE):
+            return Part(first, first + len(wanted) - 1, len(grid) - 1), name
     return None
 
 

@@ -39,6 +39,11 @@ def own_cache(name: str) -> Path:
     return Path(folder_paths.get_user_directory(), "lora_loom", name)
 
 
+def magcache_folder() -> Path:
+    """Where the curves are that were measured for MagCache."""
+    return Path(folder_paths.get_user_directory(), "lora_loom", "magcache")
+
+
 def temporary_file(name: str) -> Path:
     """A place that ComfyUI empties when it starts."""
     return Path(folder_paths.get_temp_directory(), "lora_loom", name)

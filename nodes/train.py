@@ -30,6 +30,22 @@ from .sockets import (
 )
 from .widgets import settings, widget
 
+_SCALED = {"fp8_base": True, "fp8_scaled": True}
+# What the choices of Training Model's weights mean.
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "fp8": _SCALED | {"quantize_format": "e4m3"},
+    "fp8 (e5m2)": _SCALED | {"quantize_format": "e5m2"},
+    "int8": _SCALED | {"quantize_format": "int8"},
+}
+_EIGHT_BIT = (
+    "quantize_mode",
+    "quantize_block_size",
+    "quantize_scale_dtype",
+    "quantize_search",
+    "quantize_exclude_patterns",
+)
+
 
 class TrainingModel(io.ComfyNode):
     """The model that a LoRA is trained for."""
@@ -55,19 +71,43 @@ class TrainingModel(io.ComfyNode):
                 ),
                 widget("architecture", advanced=True),
                 widget("mixed_precision", advanced=True),
+                io.Combo.Input(
+                    "weights",
+                    options=list(_WEIGHTS),
+                    optional=True,
+                    tooltip="How the weights of the model's blocks are kept: as they are, or in 8 "
+                    "bits with scales, which take half the memory of bf16. int8 is the more exact.",
+                ),
+                *(widget(name, advanced=True, optional=True) for name in _EIGHT_BIT),
+                io.Boolean.Input(
+                    "keep_copy",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the model in 8 bits in ComfyUI's user folder, so that the next "
+                    "training only reads it.",
+                ),
             ],
             outputs=[TrainingModelType.Output(display_name="model")],
         )
 
     @classmethod
     def execute(
-        cls, dit: str, memory: str, architecture: str, mixed_precision: str
+        cls,
+        dit: str,
+        memory: str,
+        architecture: str,
+        weights: str = next(iter(_WEIGHTS)),
+        keep_copy: bool = False,
+        **widgets: Any,
     ) -> io.NodeOutput:
         path = paths.diffusion_model(dit)
-        family = find_architecture(architecture, path)
-        own = {"architecture": family.name, "mixed_precision": mixed_precision}
-        values = settings("Training Model", own | MEMORY_PRESETS[memory].settings)
-        return io.NodeOutput(values | {"dit": path})
+        own = {"architecture": find_architecture(architecture, path).name, **widgets}
+        own |= MEMORY_PRESETS[memory].settings | _WEIGHTS[weights]
+        values = settings("Training Model", own) | {"dit": path}
+        if keep_copy and _WEIGHTS[weights]:
+            values["quantized_cache"] = paths.own_cache("models")
+        return io.NodeOutput(values)
 
 
 class TrainLora(io.ComfyNode):

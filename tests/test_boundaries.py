@@ -26,22 +26,24 @@ LAYERS = {
         options_not_yet setting_words
     """,
     "mathematics": """
-        adapter_weights buckets captions ema flow losses low_rank microscaling samplers
-        schedule_arguments schedules seeds timesteps training_facts
+        adapter_weights buckets captions ema flow losses low_rank magcache magcache_forecast
+        microscaling samplers schedule_arguments schedules seeds timesteps training_facts
     """,
     "modules and files": """
-        activations adapter_ranks atomic_file autoencoders background checkpoint_layers
+        activations adapter_ranks atomic_file autoencoders background block_cache checkpoint_layers
         checkpoint_merge codes compile console contact_sheet control dataset evaluation figures
         file_kinds hardware key_table latent_cache latent_file launch layer_names layer_patterns
         lora_family lora_file lora_formats lora_merge lora_metadata lora_parts lora_pieces
-        lora_plots lora_spelling lora_statistics lora_targets loss_history manifest media memory
-        model_difference networks/__init__ networks/adapter networks/convolution
-        networks/decomposition networks/dropout networks/loha networks/lokr networks/lora
-        networks/network networks/settings optimizer_classes optimizer_state optimizer_trial
-        optimizers peft_settings plots plugins prompts quantize quantized_layout quantized_linear
-        run_status schedule_classes signals stored_weight tensor_stream text_charts text_encoders
-        time_statistics tracker_arguments trackers training_state validation_history weight_scales
-        weights workspace
+        lora_plots lora_spelling lora_statistics lora_targets loss_history magcache_choice
+        magcache_curves magcache_plots magcache_store manifest media memory model_difference
+        networks/__init__ networks/adapter networks/convolution networks/decomposition
+        networks/dropout networks/loha networks/lokr networks/lora networks/network
+        networks/settings optimizer_classes optimizer_state optimizer_trial optimizers peft_settings
+        plots plugins prompts quantization_report quantize quantized_cache quantized_file
+        quantized_layers quantized_layout quantized_linear quantized_loading quantized_model
+        quantized_stream run_status schedule_classes signals stochastic_rounding stored_weight
+        tensor_stream text_charts text_encoders time_statistics tracker_arguments trackers
+        training_state validation_history weight_scales weights workers workspace
     """,
     "architectures": """
         architectures/__init__ architectures/base architectures/flux_kontext
@@ -49,21 +51,20 @@ LAYERS = {
         architectures/names architectures/qwen_image_names architectures/wan_names
     """,
     "jobs": """
-        jobs/__init__ jobs/assembly jobs/build jobs/cache jobs/cache_plan jobs/checks
-        jobs/control jobs/disk jobs/encode jobs/entries jobs/generate jobs/guard
-        jobs/loop jobs/lora_combine jobs/lora_convert jobs/lora_ema jobs/lora_extract
-        jobs/lora_inputs jobs/lora_inspect jobs/lora_layer_report jobs/lora_merge
-        jobs/lora_outputs jobs/lora_resize jobs/lora_series jobs/lora_targets jobs/metadata
-        jobs/needs jobs/network_plan jobs/objective jobs/outputs jobs/picture jobs/plan
-        jobs/previews jobs/recipe jobs/rewind jobs/run_control jobs/run_log
-        jobs/sample_plan jobs/samples jobs/saving jobs/show jobs/step jobs/step_log
-        jobs/times jobs/tool_result jobs/tracking jobs/train jobs/validation
+        jobs/__init__ jobs/assembly jobs/build jobs/cache jobs/cache_plan jobs/checks jobs/control
+        jobs/disk jobs/encode jobs/entries jobs/generate jobs/guard jobs/loop jobs/lora_combine
+        jobs/lora_convert jobs/lora_ema jobs/lora_extract jobs/lora_inputs jobs/lora_inspect
+        jobs/lora_layer_report jobs/lora_merge jobs/lora_outputs jobs/lora_resize jobs/lora_series
+        jobs/lora_targets jobs/metadata jobs/model jobs/needs jobs/network_plan jobs/objective
+        jobs/outputs jobs/picture jobs/plan jobs/previews jobs/quantize jobs/recipe jobs/rewind
+        jobs/run_control jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/show jobs/step
+        jobs/step_log jobs/times jobs/tool_result jobs/tracking jobs/train jobs/validation
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure
         demo/pictures demo/scenes demo/text demo/train_autoencoder demo/train_base
     """,
-    "shell": "__main__ lora_command",
+    "shell": "__main__ lora_command quantize_command",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
 HEIGHT = {layer: height for height, layer in enumerate(LAYERS)}
@@ -218,7 +219,7 @@ def test_no_module_imports_itself_through_others() -> None:
         ("architectures/base", "from .. import jobs", "may not import from jobs"),
         ("architectures/base", "from ..jobs.train import run", "may not import from jobs"),
         ("flow", "from .config import Config", "mathematics may not read settings"),
-        ("lora", "from . import config_file", "modules and files may not read settings"),
+        ("lora_file", "from . import config_file", "modules and files may not read settings"),
         ("architectures/base", "from .flux_kontext import FluxKontext", "through the protocol"),
         ("jobs/train", "from ..architectures import flux_kontext", "through the protocol"),
         ("weights", "import folder_paths", "without ComfyUI"),

@@ -26,6 +26,7 @@ from ..autoencoders import ImageAutoencoder, load_autoencoder
 from ..errors import CheckpointError
 from ..key_table import key_map, published_state_dict
 from ..layer_names import LayerNames
+from ..quantization_report import summary
 from ..quantized_loading import (
     Adapters,
     QuantizationSettings,
@@ -104,9 +105,14 @@ class FluxKontext:
             CheckpointError: the file is something else, or tensors are missing or left over.
         """
         transformer, source, names, ignore = self._prepare(path, quantization, loras)
-        load_quantized(transformer, source, names, dtype=dtype, device=device, ignore=ignore)
-        for remark in remarks(source) if told else ():
-            told(remark)
+        layers = load_quantized(
+            transformer, source, names, dtype=dtype, device=device, ignore=ignore
+        )
+        if told is not None:
+            for remark in remarks(source):
+                told(remark)
+            if any(not layer.way.taken for layer in layers):
+                told(summary(layers))
         return transformer.requires_grad_(False).eval()
 
     def _prepare(

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import hardware, lora_merge, quantized_loading
 from ..architectures.base import Architecture
-from ..config import Config
+from ..config import Config, QuantizationConfig
 from ..errors import ConfigError
 from ..events import Message, Reporter
 from ..layer_names import published_layers
@@ -20,10 +20,12 @@ from ..weights import open_checkpoint, pipeline_part
 
 
 def quantization_of(config: Config) -> QuantizationSettings | None:
-    """How weights get into 8 bits; None if they do not."""
-    wanted = config.quantization
-    if not wanted.fp8_scaled:
-        return None
+    """How weights get into 8 bits when the model is loaded; None if they do not."""
+    return quantization_settings(config.quantization) if config.quantization.fp8_scaled else None
+
+
+def quantization_settings(wanted: QuantizationConfig) -> QuantizationSettings:
+    """The settings as the loader takes them."""
     return QuantizationSettings(
         format=wanted.quantize_format,
         mode=wanted.quantize_mode,

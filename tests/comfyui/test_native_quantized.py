@@ -82,6 +82,17 @@ def test_ksampler_draws_the_same(report: Report, model: str) -> None:
     assert is_the_same(report[model]["sampled"]["output"])
 
 
+@pytest.mark.parametrize("model", SAMPLED)
+def test_hooks_change_its_weights_within_a_step_and_restore_every_bit(
+    report: Report, model: str
+) -> None:
+    sampled = report[model]["sampled"]
+    found, _, change = sampled["hooked"]
+
+    assert 0 < found < change
+    assert sampled["restored"]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_lora_on_a_model_in_8_bits_goes_to_the_next_codes_and_keeps_its_strength(
     report: Report, model: str

@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from pack.engine.networks.settings import LayerSettings
 from pack.engine.quantize import quantize
 from pack.engine.quantized_linear import QuantizedLinear
 from pack.engine.quantized_loading import QuantizationSettings
-from pack.engine.quantized_model import scratch_bytes
+from pack.engine.quantized_model import keep_from_broadcasts, scratch_bytes
 from pack.tests.conftest import ROOT
 from pack.tests.engine.test_quantized_loading import flux as flux_state
 from pack.tests.engine.test_quantized_loading import musubi
@@ -266,6 +266,43 @@ def test_no_restored_weight_is_kept_for_the_backward_pass(path: Path) -> None:
     ours, theirs = kept_bytes(model), kept_bytes(plain)
     # Little more than with ordinary layers, which keep their own weights.
     assert ours - theirs < 0.05 * weights
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of one process, which sends to itself as several do to each other."""
+    init = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Velocity(nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self) -> Tensor:
+        return velocity(self.transformer)
+
+
+@pytest.mark.parametrize("format", ["e4m3", "int8"])
+@pytest.mark.usefixtures("process_group")
+def test_codes_are_not_sent_from_process_to_process(path: Path, format: str) -> None:
+    model = load(path, QuantizationSettings(format=format)).train()
+    network = put_network(model)
+    _, expected = gradients(model, network)
+    wrapped = Velocity(model)
+    keep_from_broadcasts(wrapped)
+    parallel = nn.parallel.DistributedDataParallel(wrapped)
+    sent = [tensor.dtype.itemsize for tensor in parallel.modules_buffers]
+    assert all(size > 1 for size in sent)
+    for parameter in network.parameters():
+        parameter.grad = None
+    parallel().square().mean().backward()
+    for parameter, grad in zip(network.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -322,6 +324,8 @@ def test_a_folder_has_one_fingerprint_over_its_weights_and_texts(tmp_path: Path)
 
 MEMORY_PROBE = """
 import json, sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -384,3 +388,51 @@ def test_loading_500_mb_needs_the_model_and_its_largest_tensor(
     assert measured["peak"] <= (model_mib + largest_mib) * 1.1
     # A peak below the model's own size would mean that nothing was measured.
     assert model_mib * 0.95 <= measured["after"] <= measured["peak"]
+
+
+@pytest.mark.parametrize("num_values", [1, 10, 700, 10**6])
+def test_pieces_are_consecutive_rows(tmp_path: Path, num_values: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(33, 7, generator=generator).bfloat16(),
+        "kernel": torch.randn(5, 3, 2, 2, generator=generator),
+        "vector": torch.arange(50),
+        "empty": torch.empty(0, 3),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    for name, tensor in tensors.items():
+        next_row = 0
+        for first, piece in checkpoint.pieces(name, num_values):
+            assert first == next_row and piece.dtype == tensor.dtype
+            assert torch.equal(piece, tensor[first : first + len(piece)])
+            assert piece.numel() <= num_values or len(piece) == 1
+            next_row += len(piece)
+        assert next_row == len(tensor)
+
+
+def test_threads_may_read_at_the_same_time(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {str(i): torch.randn(200_000, generator=generator) for i in range(24)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+
+    def read(name: str) -> bool:
+        pieces = [piece.clone() for _, piece in checkpoint.pieces(name, 30_000)]
+        cast = checkpoint.read(name, torch.bfloat16)
+        return torch.equal(torch.cat(pieces), tensors[name]) and torch.equal(
+            cast, tensors[name].bfloat16()
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, tensors))
+
+
+def test_the_order_of_the_file_is_that_of_offsets_and_parts(tmp_path: Path) -> None:
+    # safetensors puts the largest types first.
+    save_file(
+        {"a": torch.zeros(1, dtype=torch.int8), "b": torch.zeros(1)}, tmp_path / "a.safetensors"
+    )
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    swapped = replace(checkpoint, entries=dict(reversed(checkpoint.entries.items())))
+    assert checkpoint.in_file_order() == swapped.in_file_order() == ["b", "a"]

@@ -18,7 +18,7 @@ _WIDGETS = {
     "Int": {"default", "min", "max", "step", "control_after_generate"},
     "String": {"default", "force_input", "multiline", "placeholder"},
 }
-_SOCKETS = ("Clip", "Conditioning", "Image", "Model", "Vae")
+_SOCKETS = ("Clip", "Conditioning", "Image", "Latent", "Model", "Vae")
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,22 @@ import headless
 comfyui, pack_path, job_path, report_path = sys.argv[1:]
 headless.prepare(comfyui)
 
+import comfy.hooks  # noqa: E402
 import comfy.memory_management  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from quantized_models import Model, Pack, codes_of, messages, plainly, same  # noqa: E402
+from quantized_models import (  # noqa: E402
+    Model,
+    Pack,
+    codes_of,
+    distances,
+    messages,
+    plainly,
+    same,
+)
 from safetensors.torch import load_file  # noqa: E402
 
 import nodes  # noqa: E402
@@ -48,26 +57,30 @@ def ways(model: Model) -> dict[str, Any]:
 
 
 def sampled(model: Model) -> dict[str, Any]:
-    """What KSampler does, with the rounded weights in float32 beside it."""
-    inputs = model.inputs
+    """What KSampler does, with the rounded weights in float32 beside it.
+
+    With hooks a LoRA is for the positive condition only, so that weights change within a step.
+    """
+    inputs, job = model.inputs, model.job["lora"]
     extra = {"pooled_output": inputs["y"]} if "y" in inputs else {}
     if "guidance" in inputs:
         extra["guidance"] = float(inputs["guidance"])
     condition = [[inputs["c_crossattn"], extra]]
-    results: dict[str, torch.Tensor] = {}
+    hooks = comfy.hooks.create_hook_lora(load_file(job["path"]), job["strength"], 0.0)
+    hooked = comfy.hooks.set_hooks_for_conditioning(condition, hooks)
     wanted = plainly(model.job["ways"]["e4m3 block"]["wanted"])
     patchers = {"found": model.load(), "wanted": wanted, "base": plainly(model.job["model"])}
+    before = codes_of(patchers["found"])
+    results: dict[str, torch.Tensor] = {}
     for name, patcher in patchers.items():
-        latent = {"samples": torch.zeros_like(inputs["x"])}
-        settings = (patcher, 7, 3, 2.0, "euler", "simple", condition, condition, latent)
-        results[name] = nodes.common_ksampler(*settings)[0]["samples"]
-    found, wanted, base = (results[name] for name in ("found", "wanted", "base"))
+        for how, positive in (("", condition), (" hooked", hooked)):
+            latent = {"samples": torch.zeros_like(inputs["x"])}
+            settings = (patcher, 7, 3, 2.0, "euler", "simple", positive, condition, latent)
+            results[name + how] = nodes.common_ksampler(*settings)[0]["samples"]
     return {
-        "output": [
-            float((found - wanted).abs().max()),
-            float(wanted.abs().max()),
-            float((wanted - base).abs().max()),
-        ]
+        "output": distances(results["found"], results["wanted"], results["base"]),
+        "hooked": distances(results["found hooked"], results["wanted hooked"], results["wanted"]),
+        "restored": same(before, codes_of(patchers["found"])),
     }
 
 

@@ -91,12 +91,16 @@ class Model:
         return self.outputs[path]
 
     def compared(self, found: torch.Tensor, path: str) -> list[float]:
-        wanted = self.wanted(path)
-        return [
-            float((found - wanted).abs().max()),
-            float(wanted.abs().max()),
-            float((wanted - self.base).abs().max()),
-        ]
+        return distances(found, self.wanted(path), self.base)
+
+
+def distances(found: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> list[float]:
+    """Largest deviation, largest value, and largest change that was to be."""
+    return [
+        float((found - wanted).abs().max()),
+        float(wanted.abs().max()),
+        float((wanted - base).abs().max()),
+    ]
 
 
 def plainly(path: str) -> Any:

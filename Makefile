@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+# Processes that share the tests; each uses one core.
+TEST_JOBS ?= 2
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test test-fast test-oldest test-gpu lint format bench model clean setup
@@ -11,10 +13,10 @@ demo: setup
 	$(RUN) -m engine demo
 
 test: lint
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -m "not gpu" -n $(TEST_JOBS) --dist loadfile
 
 test-fast: setup
-	$(RUN) -m pytest -m "not gpu and not slow"
+	$(RUN) -m pytest -m "not gpu and not slow" -n $(TEST_JOBS) --dist loadfile
 
 test-gpu: setup
 	$(RUN) -m pytest -m gpu
@@ -22,7 +24,7 @@ test-gpu: setup
 # The older of the two library stacks that ComfyUI users have.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt setup
-	.venv-oldest/bin/python -m pytest -m "not gpu"
+	.venv-oldest/bin/python -m pytest -m "not gpu" -n $(TEST_JOBS) --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff check .

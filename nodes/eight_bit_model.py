@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
@@ -80,6 +79,8 @@ def load_model(
         EngineError: this ComfyUI is too old, a file cannot be read, or they do not go together.
     """
     block_layout.check_comfyui()
+    from comfy.hooks import EnumHookMode
+
     checkpoint = open_checkpoint(request.path)
     layout = layout_of(checkpoint)
     names = stored_model(checkpoint, layout, LAYER_NAMES, request.architecture).names
@@ -103,7 +104,7 @@ def load_model(
         raise _unknown_model(source)
     patcher.cached_patcher_init = (reload_patcher, (request,))
     # In its other mode ComfyUI copies patched weights as floats over those in 8 bits.
-    patcher.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+    patcher.set_hook_mode(EnumHookMode.MinVram)
     lines = [f"{request.path.name}: {names.family}", *told, *remarks(source), summary(layers)]
     return LoadedModel(patcher, layers, "\n".join(lines))
 

@@ -87,9 +87,11 @@ def test_hooks_change_its_weights_within_a_step_and_restore_every_bit(
     report: Report, model: str
 ) -> None:
     sampled = report[model]["sampled"]
-    found, _, change = sampled["hooked"]
+    rounding, found = sampled["output"][2], sampled["hooked"][0]
 
-    assert 0 < found < change
+    # What rounding the sum by chance costs, 2^0.5 of rounding to nearest, is in one of the two
+    # conditions only, so that guidance of 2 doubles it.
+    assert 0 < found < 1.5 * 2 * 2**0.5 * rounding
     assert sampled["restored"]
 
 

@@ -249,13 +249,13 @@ def test_the_section_is_part_of_the_place(run_toml: Path) -> None:
 
 
 def test_all_mistakes_of_a_run_are_named_together(run_toml: Path) -> None:
-    text = "seed = -1\nlearing_rate = 1\n[a]\nfp8_base = true\nmixed_precision = 8\n[b]\nseed = 2"
+    text = "seed = -1\nlearing_rate = 1\n[a]\nblocks_to_swap = true\nmixed_precision = 8\n[b]\nseed = 2"
     named = problems(run_toml, text, network_dim=["0"], rank=["4"], vae_tiling=[])
     assert sorted(re.split("; |: expected", problem)[0] for problem in named) == [
         "command line: network_dim = 0",
         'command line: rank = "4": unknown setting',
         "command line: vae_tiling = true: this option is not supported by this version",
-        "run.toml [a]: fp8_base = true: this option is not supported by this version",
+        "run.toml [a]: blocks_to_swap = true: this option is not supported by this version",
         "run.toml [a]: mixed_precision = 8",
         "run.toml [b]: seed = 2: also set in run.toml",
         "run.toml: learing_rate = 1: unknown setting",
@@ -368,6 +368,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "validation_split": st.floats(0, 1, exclude_max=True),
     "network_dropout": st.floats(0, 1, exclude_max=True),
     "network_args": st.sampled_from([[], ["conv_dim=4", "include_patterns=[r'(?=a).*']"]]),
+    "quantize_exclude_patterns": st.sampled_from([[], [r"a\..*", "b"]]),
     "metadata_reso": st.sampled_from([None, "512", "512, 768"]),
     "output_name": st.sampled_from(["a", "naïve #1", "'a' = [b], {c}", "猫.v1"]),
     "sdpa": st.just(True),

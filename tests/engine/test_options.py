@@ -89,7 +89,7 @@ def test_a_negative_number_is_a_value(word: str) -> None:
         (["--learn", "1"], 'learn = "1": unknown setting; '),
         (["--learning-rate", "1"], "unknown setting; did you mean 'learning_rate'?"),
         (["--rank=4"], 'rank = "4": unknown setting; '),
-        (["--fp8_scaled"], "fp8_scaled = true: this option is not supported by this version"),
+        (["--fp8_fast"], "fp8_fast = true: this option is not supported by this version"),
         (["--network_args", "a=1", "b=2"], 'network_args = ["a=1", "b=2"]: expected known keys'),
         (["--no-sdpa"], "sdpa = false: expected true"),
         (["--overwrite", "yes"], 'overwrite = "yes": expected true or false'),

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pack.engine import quantized_stream
 from pack.engine.adapter_weights import AdapterWeights, FullWeights, delta
 from pack.engine.architectures.names import LAYER_NAMES
+from pack.engine.checkpoint_merge import write_merged
 from pack.engine.errors import CheckpointError, ConfigError, NotFiniteError
 from pack.engine.lora_file import write_lora
 from pack.engine.quantize import Quantized, dequantize, quantize
@@ -109,8 +111,8 @@ def test_pieces_and_threads_make_no_difference(
 ) -> None:
     state = flux()
     # Several pieces of several rows, and the last one shorter; two pieces for one thread.
-    monkeypatch.setattr("pack.engine.quantized_stream._PIECE", 128 * 50)
-    monkeypatch.setattr("pack.engine.quantized_stream.num_workers", lambda device: threads)
+    monkeypatch.setattr(quantized_stream, "_PIECE", 128 * 50)
+    monkeypatch.setattr(quantized_stream, "num_workers", lambda device: threads)
     for mode in ("block", "channel", "tensor"):
         source = source_of(tmp_path, state, QuantizationSettings(mode=mode, search=True))
         for key, stored in read(source).items():
@@ -269,6 +271,28 @@ def test_loras_are_merged_before_weights_are_rounded(
             assert isinstance(stored.value, Tensor) and stored.value.dtype == BF16
             bound = exact[key].abs() * 2**-8 + 1e-6
             assert ((stored.value.double() - exact[key]).abs() <= bound).all(), key
+
+
+@pytest.mark.parametrize("kind", random_adapters.KINDS)
+@pytest.mark.parametrize("pieces", [False, True])
+def test_merging_at_once_is_merging_into_a_file_first(
+    tmp_path: Path, kind: str, pieces: bool
+) -> None:
+    state = flux()
+    layers = random_adapters.KINDS[kind](cast(state, torch.float32))
+    given = as_diffusers(state, FLUX) if pieces else state
+    at_once = read(source_of(tmp_path, given, QuantizationSettings(), layers, multiplier=0.7))
+    source = source_of(tmp_path, given, None, layers, multiplier=0.7)
+    assert source.merge is not None
+    write_merged(source.merge, tmp_path / "merged.safetensors", on_written=lambda _: None)
+    checkpoint = open_checkpoint(tmp_path / "merged.safetensors")
+    later = read(quantized_source(checkpoint, FLUX, QuantizationSettings()))
+    assert at_once.keys() == later.keys()
+    for key, stored in at_once.items():
+        if isinstance(stored.value, Quantized):
+            assert_same(stored.value, quantized(later[key]))
+        else:
+            assert torch.equal(stored.value, later[key].value), key
 
 
 def test_a_lora_in_float32_does_not_change_the_type_of_scales(tmp_path: Path) -> None:

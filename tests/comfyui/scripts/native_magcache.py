@@ -21,6 +21,7 @@ import headless
 comfyui, pack, job_path, report_path = sys.argv[1:]
 headless.prepare(comfyui)
 
+import comfy.controlnet  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
@@ -385,42 +386,24 @@ def added(model: Model, patcher: Any, positive: Any) -> dict[str, Any]:
     }
 
 
-class Control:
+class Control(comfy.controlnet.ControlBase):
     """A ControlNet that adds constants after every block."""
 
     def __init__(self, model: Model) -> None:
+        super().__init__()
         self.model = model
 
     def conditions(self) -> Any:
         return [[text, {**extra, "control": self}] for text, extra in self.model.positive]
 
     def get_control(self, x: Any, t: Any, cond: Any, number: int, options: Any) -> dict[str, Any]:
-        shape = self.model.job["tokens"]
-        blocks = [name for name, _ in blocks_of(self.model.module)]
-        single = sum(name.startswith("single") for name in blocks)
-        add = torch.full((x.shape[0], *shape), 0.2)
+        add = torch.full((x.shape[0], *self.model.job["tokens"]), 0.2)
+        names = [name for name, _ in blocks_of(self.model.module)]
+        single = sum(name.startswith("single") for name in names)
         return {
-            "input": [add.clone() for _ in range(len(blocks) - single)],
+            "input": [add.clone() for _ in range(len(names) - single)],
             "output": [add.clone() * 0.5 for _ in range(single)],
         }
-
-    def get_extra_hooks(self) -> list[Any]:
-        return []
-
-    def get_models(self) -> list[Any]:
-        return []
-
-    def inference_memory_requirements(self, dtype: Any) -> int:
-        return 0
-
-    def pre_run(self, *_: Any) -> None:
-        pass
-
-    def cleanup(self) -> None:
-        pass
-
-    multigpu_clones: dict[Any, Any] = {}
-    previous_controlnet = None
 
 
 class Stop(BaseException):

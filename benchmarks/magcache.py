@@ -16,11 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import flow, media, samplers
 from engine.block_cache import cached_blocks, calibrated_blocks
@@ -257,7 +258,47 @@ def compare_quality(num_prompts: int, folder: Path | None) -> None:
 
 @torch.no_grad()
 def compare_time(hidden: int, rounds: int) -> None:
-    """Wall time of sampling, with and without skipping, in turn."""
+    """CPU time of computed and skipped steps, in turn with runs without the cache.
+
+    The medians of single steps are compared, since other work on the machine slows whole runs.
+    """
+    transformer, conditions, noise = random_flux(hidden)
+    curve = published_curve("flux_kontext", variant="FLUX.1-dev")
+    assert curve
+    plans = {name: greedy_plan(curve.of(CONDITIONAL), 25, rule) for name, rule in RULES.items()}
+    plain: list[float] = []
+    computed: list[float] = []
+    skipped: list[float] = []
+
+    def timed() -> list[float]:
+        marks = [time.process_time()]
+        settings = SamplingSettings(25, 1.5, 2.5)
+        sample(FLUX, transformer, noise, conditions, settings, lambda *_: marks.append(now()))
+        return [later - earlier for earlier, later in pairwise(marks)]
+
+    now = time.process_time
+    for _ in range(rounds):
+        plain += timed()
+        for plan in plans.values():
+            with cached_blocks(FLUX, transformer, plan):
+                for seconds, ran in zip(timed(), plan.computed, strict=True):
+                    (computed if ran else skipped).append(seconds)
+    one, ours, less = map(statistics.median, (plain, computed, skipped))
+    say(
+        f"a step takes {1000 * one:.0f} ms; with the cache a computed one {ours / one:.3f} of it, "
+        f"a skipped one {less / one:.4f}"
+    )
+    for name, plan in plans.items():
+        num_skipped = plan.steps - plan.num_computed
+        speedup = plan.steps * one / (plan.num_computed * ours + num_skipped * less)
+        say(
+            f"{name:14s} {plan.num_computed:2d} of {plan.steps} computed: {speedup:.2f}x, "
+            f"{speedup / plan.speedup():.3f} of steps / computed"
+        )
+
+
+def random_flux(hidden: int) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """A model of a few blocks, conditions and noise of 256 tokens."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -270,32 +311,7 @@ def compare_time(hidden: int, rounds: int) -> None:
         guidance_embeds=True,
     ).eval()
     conditions = {"text_embeds": torch.randn(1, 64, 256), "pooled": torch.randn(1, 64)}
-    noise = torch.randn(1, 16, 1, 32, 32)
-    curve = published_curve("flux_kontext", variant="FLUX.1-dev")
-    assert curve
-    seconds: dict[str, list[float]] = {}
-    plans = {"all steps": full_plan(25)} | {
-        name: greedy_plan(curve.of(CONDITIONAL), 25, rule) for name, rule in RULES.items()
-    }
-    settings = SamplingSettings(25, 1.5, 2.5)
-    for _ in range(rounds):
-        start = time.perf_counter()
-        sample(FLUX, transformer, noise, conditions, settings)
-        seconds.setdefault("unpatched", []).append(time.perf_counter() - start)
-        for name, plan in plans.items():
-            start = time.perf_counter()
-            with cached_blocks(FLUX, transformer, plan):
-                sample(FLUX, transformer, noise, conditions, settings)
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-    # Other work on the machine only adds time, so the shortest is the nearest.
-    full = min(seconds["unpatched"])
-    say(f"unpatched: {full:.2f} s")
-    for name, plan in plans.items():
-        taken = min(seconds[name])
-        say(
-            f"{name:14s} {plan.num_computed:2d} of {plan.steps} computed: {taken:.2f} s, "
-            f"{full / taken:.2f}x, {full / taken / plan.speedup():.3f} of steps / computed"
-        )
+    return transformer, conditions, torch.randn(1, 16, 1, 32, 32)
 
 
 def main() -> None:

@@ -191,7 +191,8 @@ class _Run:
                 "with one prompt without a time range, and a sampler such as euler"
             )
             return CalibratedRun(model, facts, {}, problem)
-        return CalibratedRun(model, facts, {name: _mean(each) for name, each in found.items()})
+        branches = {name: _mean(found[name]) for name in sorted(found)}  # the conditional first
+        return CalibratedRun(model, facts, branches)
 
     def clear(self) -> None:
         """Let go of all tensors."""

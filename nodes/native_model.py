@@ -32,8 +32,9 @@ _FAMILIES = {
     "VaceWanModel": "wan",
 }
 _MOST_STEPS = 1000
-_TRIED = 5  # numbers of steps that a part of a run may be of
-_CLOSE = 1e-4  # noise levels that are the same: float32, and tables of 1000 and 10000 steps
+_TRIED = 80  # numbers of steps that a part of a run may be of; half a second
+# Noise levels of the same step: in float32, or on the tables of 1000 and more that grids go by.
+_EQUAL, _CLOSE = 1e-6, 1e-4
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def native_model(patcher: Any) -> NativeModel:
         )
     side_cost, hindrance = 0.0, ""
     if is_other_wan:
-        hindrance = f"{kinds[0]} changes the picture between its blocks, so all steps are computed"
+        hindrance = f"MagCache does not know this kind of Wan ({kinds[0]}): all steps are computed"
     elif kinds[0] == "VaceWanModel":
         side_cost, hindrance = _beside_the_blocks(diffusion_model)
     path = _file_of(patcher)
@@ -125,9 +126,9 @@ def run_facts(model_sampling: Any, sampler: Any, sigmas: Tensor) -> RunFacts:
     if found is None:
         start, end = (_time(model_sampling, float(sigmas[index])) for index in (0, -1))
         part = _part(steps, start, end)
-        # The steps of some grids are longer than the time that they take.
-        near = sorted(range(steps, part.steps + 3), key=lambda total: abs(total - part.steps))
-        found = _grid(model_sampling, sigmas, near[:_TRIED]) or (part, "custom")
+        # On some grids a step takes more or less time than the mean.
+        likely = sorted(range(steps, 4 * steps + 3), key=lambda total: abs(total - part.steps))
+        found = _grid(model_sampling, sigmas, likely[:_TRIED]) or (part, "custom")
     part, scheduler = found
     name = type(sampler).__name__
     if isinstance(sampler, KSAMPLER):
@@ -152,7 +153,7 @@ def _beside_the_blocks(vace: Any) -> tuple[float, str]:
     """
     beside, blocks = len(vace.vace_blocks), len(vace.blocks)
     if blocks - 1 in vace.vace_layers_mapping:
-        return 0.0, "this VACE model adds to its last block's output, so all steps are computed"
+        return 0.0, "this VACE model adds to what its last block gives: all steps are computed"
     return beside / (beside + blocks), ""
 
 
@@ -200,16 +201,20 @@ def _grid(model_sampling: Any, sigmas: Tensor, totals: list[int]) -> tuple[Part,
     from comfy.samplers import SCHEDULER_NAMES, calculate_sigmas
 
     wanted = sigmas.float().cpu()
+    closest, found = _CLOSE, None
     # Some samplers leave out the last step but one of a longer grid.
-    for total, more, name in itertools.product(totals, (0, 1), SCHEDULER_NAMES):
+    for more, total, name in itertools.product((0, 1), totals, SCHEDULER_NAMES):
         grid = calculate_sigmas(model_sampling, name, total + more).float().cpu()
         if more:
             grid = torch.cat([grid[:-2], grid[-1:]])
         first = int((grid - wanted[0]).abs().argmin())
         part = grid[first : first + len(wanted)]
-        if part.shape == wanted.shape and torch.allclose(part, wanted, rtol=0, atol=_CLOSE):
-            return Part(first, first + len(wanted) - 1, len(grid) - 1), name
-    return None
+        error = float((part - wanted).abs().max()) if part.shape == wanted.shape else closest
+        if error < closest:
+            closest, found = error, (Part(first, first + len(wanted) - 1, len(grid) - 1), name)
+        if error < _EQUAL:
+            break
+    return found
 
 
 def _part(steps: int, start: float, end: float) -> Part:

@@ -20,7 +20,7 @@ from .images import to_comfy
 from .made_files import made
 from .progress import NodeProgress
 from .sockets import CATEGORY
-from .widgets import value_of, widget
+from .widgets import settings, widget
 
 _MENU = f"{CATEGORY}/models"
 
@@ -69,8 +69,8 @@ class LoadQuantizedModel(io.ComfyNode):
         cls, dit: str, measure_errors: bool, architecture: str, **inputs: Any
     ) -> io.NodeOutput:
         path = paths.diffusion_model(dit)
-        own = (_settings(inputs), _loras(inputs), measure_errors, architecture)
-        request = ModelRequest(path, *own)
+        chosen = _settings("Load Quantized Model", inputs)
+        request = ModelRequest(path, chosen, _loras(inputs), measure_errors, architecture)
         with NodeProgress(cls.hidden.unique_id) as progress:
             loaded = load_model(request, report=tool_runs.reporter(progress))
         picture, shown = _error_picture(path, loaded), ui.PreviewText(loaded.report)
@@ -123,7 +123,7 @@ class QuantizeModel(io.ComfyNode):
             tool = partial(
                 quantize.run,
                 dit=paths.diffusion_model(dit),
-                settings=_settings(inputs),
+                settings=_settings("Quantize Model", inputs),
                 loras=_loras(inputs),
                 layout=inputs["layout"],
                 architecture=inputs["architecture"],
@@ -155,16 +155,18 @@ def _settings_inputs() -> list[io.Input]:
     ]
 
 
-def _settings(inputs: Mapping[str, Any]) -> QuantizationSettings:
-    patterns = inputs["quantize_exclude_patterns"]
+def _settings(where: str, inputs: Mapping[str, Any]) -> QuantizationSettings:
+    """What the widgets mean; ``where`` names the node in messages."""
+    own = {name: value for name, value in inputs.items() if name.startswith("quantize_")}
+    given = settings(where, own)
     return QuantizationSettings(
-        format=inputs["quantize_format"],
-        mode=inputs["quantize_mode"],
-        block_size=inputs["quantize_block_size"],
-        scale_dtype=inputs["quantize_scale_dtype"],
-        search=inputs["quantize_search"],
-        compat=inputs["quantize_compat"],
-        exclude=tuple(value_of("quantize_exclude_patterns", patterns)),
+        format=given["quantize_format"],
+        mode=given["quantize_mode"],
+        block_size=given["quantize_block_size"],
+        scale_dtype=given["quantize_scale_dtype"],
+        search=given["quantize_search"],
+        compat=given["quantize_compat"],
+        exclude=tuple(given["quantize_exclude_patterns"]),
     )
 
 

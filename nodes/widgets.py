@@ -9,14 +9,13 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..engine.config import FIELDS, Config, NetworkArguments
-from ..engine.config.quantization import QuantizationConfig
 from ..engine.config_file import Given, build_config
 from ..engine.setting_words import base_types
 
 Settings = Mapping[str, Any]
 
 # What a widget can be for: settings, and the keys of network_args.
-_FIELDS = FIELDS | QuantizationConfig.model_fields | NetworkArguments.model_fields
+_FIELDS = FIELDS | NetworkArguments.model_fields
 # The choice that stands for no value where a setting may have none.
 UNSET = "unset"
 # What one click changes a number by; it also decides how many digits are shown.

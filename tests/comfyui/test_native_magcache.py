@@ -192,7 +192,11 @@ def test_parts_of_a_run_follow_the_plan_of_the_whole(report: Report, model: str)
 def test_the_part_is_read_from_the_noise_levels(report: Report, model: str) -> None:
     wrong = []
     for scheduler, wanted, found, name in report[model]["parts found"]:
-        if found != wanted or not name.startswith("euler "):
+        is_whole = wanted[1] - wanted[0] == wanted[2]
+        # Parts of similar grids are the same but for a step.
+        near = max(abs(a - b) for a, b in zip(wanted, found, strict=True)) <= (0 if is_whole else 1)
+        named = name == f"euler {scheduler}"
+        if not near or (is_whole and not named):
             wrong.append((scheduler, wanted, found, name))
     assert wrong == []
 
@@ -287,12 +291,13 @@ def test_another_number_of_steps_takes_the_nearest_ratios(report: Report, model:
 
 @pytest.mark.parametrize("model", CLOSELY)
 def test_a_part_of_a_run_has_a_curve_of_its_own(report: Report, model: str) -> None:
-    files = report[model]["stored"]["files"]
-    [part] = [each for each in files.values() if "steps 1 to 9 of 20" in each["scheduler"]]
+    family = tiny_native.MODELS[model]
+    files = report[model]["stored"]["files"].values()
+    [part] = [each for each in files if each["family"] == family and "to 9" in each["scheduler"]]
     ratios = part["branches"]["conditional"]["ratios"]
     plan = greedy_plan(ratios, 20, RULE, handovers=[9]).part(0, 9)
 
-    assert part["scheduler"].startswith("euler simple") and part["steps"] == 20
+    assert part["scheduler"] == "euler simple, steps 1 to 9 of 20" and part["steps"] == 20
     assert ratios[9:] == [2.0] * 11
     assert set(report[model]["stored"]["part"]["counts"].values()) == {plan.num_computed}
 

@@ -137,7 +137,7 @@ def test_an_older_comfyui_is_told_what_it_lacks(load: Callable[[str], Any]) -> N
 
 
 def test_widgets_become_settings(quantized_model: Any) -> None:
-    found = quantized_model._settings({**SETTINGS, "lora_1": "none"})
+    found = quantized_model._settings("Node", {**SETTINGS, "lora_1": "none"})
 
     assert found == QuantizationSettings(
         format="int8",
@@ -149,6 +149,11 @@ def test_widgets_become_settings(quantized_model: Any) -> None:
     )
 
 
+def test_a_value_out_of_range_is_refused(quantized_model: Any) -> None:
+    with pytest.raises(EngineError, match="Node.*quantize_block_size"):
+        quantized_model._settings("Node", {**SETTINGS, "quantize_block_size": 0})
+
+
 def test_defaults_of_the_widgets_are_those_of_the_settings(
     quantized_model: Any, node_types: dict[str, Any]
 ) -> None:
@@ -157,7 +162,7 @@ def test_defaults_of_the_widgets_are_those_of_the_settings(
         defaults = {
             each.id: each.options["default"] for each in inputs if each.id.startswith("quantize_")
         }
-        assert quantized_model._settings(defaults) == QuantizationSettings()
+        assert quantized_model._settings("Node", defaults) == QuantizationSettings()
 
 
 def test_loras_are_optional_and_those_without_strength_left_out(

@@ -321,14 +321,15 @@ def together(model: Model) -> dict[str, Any]:
     replaced = model.patcher.clone()
 
     def half(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        before = arguments["img"].clone()
         result = extra["original_block"](arguments)
-        return {**result, "img": (result["img"] + arguments["img"]) / 2}
+        return {**result, "img": (result["img"] + before) / 2}
 
     replaced.set_model_patch_replace(half, "dit", "double_block", 1)
     compare("replaced block", replaced)
     lora = load_file(model.job["lora"])
     compare("lora", comfy.sd.load_lora_for_models(model.patcher, None, lora, 0.7, 0.0)[0])
-    late = nodes.ConditioningSetTimestepRange().set_range(model.positive, 0.55, 1.0)[0]
+    late = nodes.ConditioningSetTimestepRange().set_range(model.negative, 0.55, 1.0)[0]
     compare("late prompt", model.patcher, positive=[*model.positive, *late])
     with without_batches():
         compare("one by one", model.patcher)
@@ -365,7 +366,7 @@ def additions(model: Model) -> dict[str, Any]:
         patched = model.patcher.clone()
 
         def add(arguments: dict[str, Any]) -> dict[str, Any]:
-            return {**arguments, "img": arguments["img"] + 0.3}
+            return {**arguments, "img": arguments["img"] + 0.3 * slope(arguments["img"].shape[-1])}
 
         patched.set_model_double_block_patch(add)
         report["patch"] = added(model, patched, model.positive)
@@ -386,6 +387,11 @@ def added(model: Model, patcher: Any, positive: Any) -> dict[str, Any]:
     }
 
 
+def slope(width: int) -> torch.Tensor:
+    """What a normalization does not remove."""
+    return torch.linspace(-1, 1, width)
+
+
 class Control(comfy.controlnet.ControlBase):
     """A ControlNet that adds constants after every block."""
 
@@ -397,7 +403,8 @@ class Control(comfy.controlnet.ControlBase):
         return [[text, {**extra, "control": self}] for text, extra in self.model.positive]
 
     def get_control(self, x: Any, t: Any, cond: Any, number: int, options: Any) -> dict[str, Any]:
-        add = torch.full((x.shape[0], *self.model.job["tokens"]), 0.2)
+        tokens, width = self.model.job["tokens"]
+        add = 0.3 * slope(width).expand(x.shape[0], tokens, width)
         names = [name for name, _ in blocks_of(self.model.module)]
         single = sum(name.startswith("single") for name in names)
         return {

@@ -169,6 +169,7 @@ class _Work:
         return source.checkpoint.read(key, dtype, self.device)
 
     def _merged(self, key: str) -> Tensor:
+        """With the LoRAs, in the type of the file; in float32 what is in 8 bits there."""
         assert self.merge is not None
         tally = MergeTally()
         merged = merged_tensor(key, self.merge, tally)
@@ -177,7 +178,8 @@ class _Work:
                 f"{self.source.checkpoint.entries[key].path}: {key} became NaN or infinite when "
                 "the LoRAs were merged; use a smaller multiplier"
             )
-        return merged
+        is_quantized = self.source.layout.is_quantized(key)
+        return merged if is_quantized else merged.to(self.source.checkpoint.dtype(key))
 
 
 def rounding(weight_OI: Tensor, quantized: Quantized, workspace: Workspace | None) -> Squares:

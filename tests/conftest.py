@@ -14,9 +14,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-pack = types.ModuleType("pack")
-pack.__path__ = [str(ROOT)]
-sys.modules["pack"] = pack
+if "pack" not in sys.modules:  # pytest may load this file more than once
+    pack = types.ModuleType("pack")
+    pack.__path__ = [str(ROOT)]
+    sys.modules["pack"] = pack
 
 # Tiny models run 20-50 times faster with one thread than with two that wait for each other.
 torch.set_num_threads(1)

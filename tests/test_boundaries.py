@@ -21,9 +21,9 @@ ENGINE = ROOT / "engine"
 LAYERS = {
     "words": "__init__ errors events presets",
     "settings": """
-        config/__init__ config/drawing config/group config/inputs config/learning config/metadata
-        config/network config/quantization config/running config_file config_types options
-        options_not_yet setting_words
+        config/__init__ config/drawing config/group config/inputs config/learning config/magcache
+        config/metadata config/network config/quantization config/running config_file config_types
+        options options_not_yet setting_words
     """,
     "mathematics": """
         adapter_weights buckets captions ema flow losses low_rank magcache magcache_forecast
@@ -58,7 +58,8 @@ LAYERS = {
         jobs/lora_targets jobs/metadata jobs/model jobs/needs jobs/network_plan jobs/objective
         jobs/outputs jobs/picture jobs/plan jobs/previews jobs/quantize jobs/recipe jobs/rewind
         jobs/run_control jobs/run_log jobs/sample_plan jobs/samples jobs/saving jobs/show jobs/step
-        jobs/step_log jobs/times jobs/tool_result jobs/tracking jobs/train jobs/validation
+        jobs/step_cache jobs/step_log jobs/times jobs/tool_result jobs/tracking jobs/train
+        jobs/validation
     """,
     "demo": """
         demo/__init__ demo/concept demo/draw demo/grid demo/job demo/make demo/measure

@@ -19,7 +19,16 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in DOCUMENTS}
 # Options of the shell that are no settings.
-OTHER_OPTIONS = {"config_file", "events", "json", "print_config", "stop_with_input", "wait"}
+OTHER_OPTIONS = {
+    "output",
+    "layout",
+    "config_file",
+    "events",
+    "json",
+    "print_config",
+    "stop_with_input",
+    "wait",
+}
 
 
 def blocks(text: str, language: str) -> list[str]:

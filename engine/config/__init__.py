@@ -16,6 +16,7 @@ from .drawing import GenerateConfig
 from .group import Group
 from .inputs import DatasetConfig, ModelConfig
 from .learning import LossConfig, OptimizerConfig, TimestepConfig
+from .magcache import MagCacheConfig
 from .metadata import MetadataConfig
 from .network import NetworkArguments, NetworkConfig
 from .quantization import QuantizationConfig
@@ -37,6 +38,7 @@ __all__ = [
     "GenerateConfig",
     "LoggingConfig",
     "LossConfig",
+    "MagCacheConfig",
     "MetadataConfig",
     "ModelConfig",
     "NetworkArguments",
@@ -71,6 +73,7 @@ class Config(BaseModel):
     metadata: MetadataConfig = MetadataConfig()
     logging: LoggingConfig = LoggingConfig()
     generate: GenerateConfig = GenerateConfig()
+    magcache: MagCacheConfig = MagCacheConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     def require(self, *names: str) -> None:

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..events import Reporter, silent
 from ..lora_spelling import spell
 from ..networks.network import Network
+from ..quantized_model import keep_from_broadcasts
 from . import model as model_job
 from . import network_plan, tracking
 from .model import load_transformer
@@ -121,6 +122,7 @@ def build(
     )
     model = wrapped = VelocityModel(architecture, transformer.train())
     if accelerator.num_processes > 1:
+        keep_from_broadcasts(model)
         wrapped = accelerator.prepare_model(model, device_placement=False)
     parameters = list(network.parameters())
     take_step = OptimizerStep(

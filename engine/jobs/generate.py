@@ -20,6 +20,7 @@ from ..config import Config, GenerateConfig
 from ..errors import ConfigError, DataError
 from ..events import Finished, Progress, Reporter, Saved, silent
 from ..signals import Stopped, StopSignals
+from . import step_cache
 from .cache import load_text_encoders
 from .model import check, load_transformer
 from .picture import (
@@ -49,6 +50,7 @@ def run(config: Config, report: Reporter) -> list[Path]:
     """
     config.require("dit", "vae", "text_encoder1", "text_encoder2", "save_path")
     check(config, trains=False)
+    step_cache.check(config)
     texts = _prompts(config.generate)
     hardware.use_threads(config.runtime.cpu_threads)
     width, height = config.generate.image_size
@@ -129,16 +131,20 @@ def _sampled(
     transformer = load_with_loras(config, architecture, device, report)
     noise = initial_noise(architecture, width=width, height=height, seed=config.runtime.seed)
     sampling = sampling_settings(config.generate, architecture, (width, height))
+    cache = step_cache.step_cache(config, architecture, transformer, sampling, report)
     clock = _Clock(len(conditions) * sampling.num_steps, report)
     for item in conditions:
-        yield sample(
-            architecture,
-            transformer,
-            noise.to(device),
-            {name: tensor.to(device) for name, tensor in item.items()},
-            sampling,
-            lambda step, latents: clock.tick(),
-        )
+        with cache.one_run():
+            latents = sample(
+                architecture,
+                transformer,
+                noise.to(device),
+                {name: tensor.to(device) for name, tensor in item.items()},
+                sampling,
+                lambda step, latents: clock.tick(),
+            )
+        yield latents
+    cache.finish()
 
 
 class _Clock:

@@ -33,7 +33,7 @@ from ..trackers import Picture, Scalar, TensorBoard, Tracker, Wandb
 _PATIENCE_SECONDS = 30
 # Lines of prompts may name files; what `generate` is told is no part of a training.
 _NOT_LOGGED = {"sample_lines"}
-_OTHER_GROUPS = {"generate"}
+_OTHER_GROUPS = {"generate", "magcache"}
 
 
 def check(config: Config) -> None:

@@ -16,11 +16,12 @@ from pack.engine.architectures.names import LAYER_NAMES
 from pack.engine.lora_file import write_lora
 from pack.engine.magcache import Rule, greedy_plan
 from pack.engine.magcache_curves import parse_ratios
+from pack.tests.comfyui import graphs
 from pack.tests.comfyui.conftest import ComfyUI
-from pack.tests.comfyui.server import PACK
+from pack.tests.comfyui.server import PACK, ComfyServer, Run
 from pack.tests.references import random_adapters, tiny_native
 from pack.tests.references.tiny_checkpoints import wan
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MODELS = ("FLUX.1 Kontext", "HunyuanVideo", "Qwen-Image", "Wan 2.1 t2v", "Wan 2.1 VACE")
@@ -308,3 +309,52 @@ def test_what_cannot_be_stored_is_said(report: Report, model: str) -> None:
 
     assert "no prompt was used in every step" in found["incomplete"]
     assert "connect the model that MagCache Calibrate gives" in found["nothing"]
+
+
+def magcache(server: ComfyServer, prefix: str, **changes: Any) -> Run:
+    """The demo's picture with MagCache, and what that says."""
+    inputs: dict[str, Any] = {"model": ["demo", 0], "preset": "default", "steps": 25}
+    inputs |= {"retention_ratio": 0.2, "threshold": 0.24, "k": 6, "ratios": "auto"}
+    graph = graphs.sampled(["cache", 0]) | {
+        "demo": graphs.node("LoraLoom_DemoModel"),
+        "cache": graphs.node("LoraLoom_MagCache", **inputs | {"steps_to_compute": 0} | changes),
+        "plan": graphs.node("PreviewAny", source=["cache", 1]),
+        "picture": graphs.node("SaveImage", images=["cache", 2], filename_prefix=f"{prefix} plan"),
+    }
+    graph["latents"]["inputs"]["filename_prefix"] = prefix
+    return server.run(graph)
+
+
+def test_in_a_workflow_a_model_is_calibrated_and_then_sampled_faster(server: ComfyServer) -> None:
+    missing = magcache(server, "too early")
+    calibration = graphs.sampled(["calibrate", 0]) | {
+        "demo": graphs.node("LoraLoom_DemoModel"),
+        "calibrate": graphs.node("LoraLoom_MagCacheCalibrate", model=["demo", 0]),
+        "save": graphs.node(
+            "LoraLoom_SaveMagCacheRatios",
+            calibration=["calibrate", 1],
+            latent=["sampled", 0],
+            measured_before="average",
+        ),
+        "ratios": graphs.node("PreviewAny", source=["save", 0]),
+    }
+    calibration["latents"]["inputs"]["filename_prefix"] = "calibrated"
+    calibrated = server.run(calibration)
+    found = magcache(server, "faster")
+    off = magcache(server, "off", preset="off")
+
+    assert missing.error is not None
+    assert "put MagCache Calibrate before a sampler" in missing.error["exception_message"]
+    assert (calibrated.status, found.status, off.status) == ("success",) * 3
+    ratios = parse_ratios(calibrated.outputs["ratios"]["text"][0])
+    plan = greedy_plan(ratios, 25)
+    assert f"computes {plan.num_computed} of 25 steps" in found.outputs["plan"]["text"][0]
+    assert "MagCache is off" in off.outputs["plan"]["text"][0]
+    assert "picture" in found.outputs and "picture" not in off.outputs
+    latents = {}
+    for name in ("calibrated", "faster", "off"):
+        [path] = (server.base / "output").glob(f"{name}_*.latent")
+        latents[name] = load_file(path)["latent_tensor"]
+    assert torch.equal(latents["calibrated"], latents["off"])
+    distance = (latents["faster"] - latents["off"]).norm() / latents["off"].norm()
+    assert plan.num_computed < 25 and 0 < distance < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +65,9 @@ def tiny_qwen() -> tuple[nn.Module, dict[str, Any]]:
         "encoder_hidden_states_mask": torch.ones(1, 16).long(),
         "timestep": torch.full((1,), 0.5),
         "img_shapes": [[(1, 4, 4)]],
-        "txt_seq_lens": [16],  # diffusers 0.36 asks for them
     }
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:
+        inputs["txt_seq_lens"] = [16]  # diffusers 0.36 asks for them
     return model, inputs
 
 

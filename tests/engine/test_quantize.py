@@ -265,7 +265,7 @@ def test_weights_in_several_parts_or_another_order_of_memory_give_the_same(
         whole = quantize(weight, mode=mode, search=search)
         transposed = quantize(weight.t().contiguous().t(), mode=mode, search=search)
         with monkeypatch.context() as patch:
-            patch.setattr("pack.engine.quantize._CHUNK_CPU", 500)
+            patch.setattr(quantize_module, "_CHUNK_CPU", 500)
             parts = quantize(weight, mode=mode, search=search)
             assert torch.equal(dequantize(parts), dequantize(whole))
         for other in (transposed, parts):

@@ -133,6 +133,19 @@ def test_any_setting_means_the_same_in_a_file_and_on_the_command_line(
 # The other examples
 
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
+    ("--magcache_calibration", {"magcache_calibration": True}),
+    ("--magcache_mag_ratios 0", {"magcache_mag_ratios": "0"}),
+    (
+        "--magcache_mag_ratios 1.00000,1.26562,1.08594",
+        {"magcache_mag_ratios": "1.00000,1.26562,1.08594"},
+    ),
+    (
+        "--magcache_retention_ratio 0.2 --magcache_threshold 0.12 --magcache_k 3",
+        {
+            "magcache_threshold": 0.12,
+            "magcache_k": 3,
+        },
+    ),
     ("--fp8 --fp8_scaled", {"fp8": True, "fp8_scaled": True}),
     ("--fp8_base --fp8_scaled", {"fp8_base": True, "fp8_scaled": True}),
     ('--network_args "verbose=True"', {"network_args": ["verbose=True"]}),
@@ -256,6 +269,9 @@ DEFAULTS: dict[str, Any] = {
     "rex_alpha": 0.1,
     "rex_beta": 0.9,
     "lr_warmup_steps": 0,
+    "magcache_retention_ratio": 0.2,
+    "magcache_threshold": 0.24,
+    "magcache_k": 6,
 }
 
 
@@ -302,9 +318,6 @@ def test_what_the_paper_recommends_can_be_set(std: str) -> None:
 
 NOT_BUILT = [
     "--fp8_fast",
-    "--magcache_calibration",
-    "--magcache_mag_ratios 1.00000,1.26562,1.08594",
-    "--magcache_retention_ratio 0.2 --magcache_threshold 0.24 --magcache_k 6",
     "--dataset_config dataset.toml",
     "--dit_high_noise model.safetensors",
     "--wandb_api_key 0123456789abcdef",

@@ -12,7 +12,7 @@ There are two layouts:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .quantization_report import LayerReport, report_of
 from .quantize import Quantized
-from .quantized_layout import header_without
+from .quantized_layout import HEADER_FIELD, header_without
 from .quantized_loading import EightBit, QuantizedSource
 from .quantized_stream import stored_tensors
 from .tensor_stream import TensorPlan, file_size, in_aligned_order, tensor_stream
@@ -80,6 +80,8 @@ def plan_file(source: QuantizedSource, layout: str, metadata: Mapping[str, str])
                 name: TensorPlan(each.dtype, tuple(each.shape)) for name, each in parts.items()
             }
     rest = header_without(metadata, source.model.prefix)
+    if layout == "blockwise":
+        rest |= _marked(rest, [key.removesuffix(".weight") for key in source.eight_bit])
     return FilePlan(layout, in_aligned_order(plan), rest)
 
 
@@ -120,6 +122,17 @@ def write_file(
                 num_written += plan.tensors[name].num_bytes
             on_written(num_written)
     return reports
+
+
+def _marked(metadata: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:
+    """The header with the layers as ComfyUI names quantized ones, but with no format it knows.
+
+    Its loader refuses such a file in words; without them it would take the codes for weights.
+    """
+    field = json.loads(metadata.get(HEADER_FIELD, "{}"))
+    known = field.get("layers", {})
+    marked = {layer: {"scales": "scale_weight"} for layer in layers}
+    return {HEADER_FIELD: json.dumps({**field, "layers": known | marked})}
 
 
 def _keys(source: QuantizedSource) -> Iterator[str]:

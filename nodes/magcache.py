@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
+from ..engine.errors import ConfigError
 from ..engine.magcache import PRESETS, Plan, Rule, greedy_plan, resampled
 from ..engine.magcache_curves import CONDITIONAL, Curve, format_ratios
 from ..engine.magcache_plots import curve_and_plan
@@ -126,8 +127,10 @@ class MagCacheCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        runs = native_cache.CalibratedRuns()
-        patched = native_cache.with_calibration(model, native_model(model), runs)
+        kind, runs = native_model(model), native_cache.CalibratedRuns()
+        if kind.hindrance:
+            raise ConfigError(f"MagCache Calibrate: {kind.hindrance}, so no curve is needed")
+        patched = native_cache.with_calibration(model, kind, runs)
         return io.NodeOutput(patched, runs)
 
 

@@ -154,7 +154,9 @@ class _Run:
 
     def call(self, x: Tensor, options: Options) -> _Call | None:
         """What a call of the diffusion model is to replace; None for nothing."""
-        step = int((self._sigmas - float(options["sigmas"][0])).abs().argmin())
+        # The only wait for the device, once for a call of the model.
+        sigma = float(options["sigmas"][0])
+        step = int((self._sigmas - sigma).abs().argmin())
         keys = _branches(x, options)
         planned = not self.plan.computed[step]
         skips = planned and all(key in self.residuals for key in keys)
@@ -303,10 +305,7 @@ def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if "control" in given:
         changed["control"] = call.control(given["control"])
     # Others in the chain expect each argument where it was.
-    args = tuple(
-        changed.get(name, value) if name in changed else value
-        for name, value in zip(names, args, strict=False)
-    )
+    args = tuple(changed.get(name, value) for name, value in zip(names, args, strict=False))
     return executor(*args, **{name: changed.get(name, value) for name, value in kwargs.items()})
 
 

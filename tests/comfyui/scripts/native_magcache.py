@@ -331,6 +331,10 @@ def together(model: Model) -> dict[str, Any]:
     compare("lora", comfy.sd.load_lora_for_models(model.patcher, None, lora, 0.7, 0.0)[0])
     late = nodes.ConditioningSetTimestepRange().set_range(model.negative, 0.55, 1.0)[0]
     compare("late prompt", model.patcher, positive=[*model.positive, *late])
+    if model.name == "FLUX.1 Kontext":
+        reference = {"reference_latents": [model.noise.flip(-1)]}
+        edited = [[text, {**extra, **reference}] for text, extra in model.positive]
+        compare("picture to edit", model.patcher, positive=edited)
     with without_batches():
         compare("one by one", model.patcher)
     compare("two pictures", model.patcher, noise=torch.cat([model.noise, -model.noise]),

@@ -11,16 +11,17 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..engine.block_cache import Calibrator
 from ..engine.errors import DataError
 from ..engine.magcache import Plan, concerns, describe, full_plan
 from ..engine.magcache_curves import CONDITIONAL, UNCONDITIONAL, Calibration, mean_of
+from .block_call import BlockCall, Options
 from .native_model import BlockName, NativeModel, RunFacts, run_facts
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,6 @@ logger = logging.getLogger(__name__)
 KEY = "lora_loom_magcache"
 
 Planner = Callable[[RunFacts], Plan]
-Options = Mapping[str, Any]
-# ComfyUI's options of a call, and those of the blocks.
-Replacer = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 # A conditioning, the frames of a context window, the shape, and which layers others replace: what
 # has to be the same for a residual to fit.
 BranchKey = tuple[Any, ...]
@@ -152,23 +150,29 @@ class _Run:
         self._measured: dict[BranchKey, _Measured] = {}
         self._sigmas = sigmas[:-1].float().cpu()
 
-    def call(self, x: Tensor, options: Options) -> _Call | None:
-        """What a call of the diffusion model is to replace; None for nothing."""
+    def step_of(self, options: Options) -> int:
+        """The step that a call of the diffusion model belongs to."""
         # The only wait for the device, once for a call of the model.
         sigma = float(options["sigmas"][0])
-        step = int((self._sigmas - sigma).abs().argmin())
+        return int((self._sigmas - sigma).abs().argmin())
+
+    def call(self, x: Tensor, options: Options) -> BlockCall | None:
+        """What a call of the diffusion model is to replace; None for nothing."""
+        step = self.step_of(options)
         keys = _branches(x, options)
         planned = not self.plan.computed[step]
         skips = planned and all(key in self.residuals for key in keys)
         self.num_calls += 1
         self.num_skipped += skips
         if skips:
-            return _Call(self, keys, step, skips=True)
+            return BlockCall(self.blocks, reused=[self.residuals[key] for key in keys])
         for key in keys:  # the blocks may need the memory
             self.residuals.pop(key, None)
         last = self.plan.steps - 1
         used = planned or (step < last and not self.plan.computed[step + 1])
-        return _Call(self, keys, step, skips=False) if used or self.calibrates else None
+        if not used and not self.calibrates:
+            return None
+        return BlockCall(self.blocks, keep=partial(self.keep, keys, step))
 
     def keep(self, keys: Sequence[BranchKey], step: int, residual_BND: Tensor) -> None:
         """Take the residuals of a computed call."""
@@ -219,79 +223,6 @@ class _Measured:
         return self._calibrator.results()[self.branch]
 
 
-class _Call:
-    """One call of the diffusion model, with what its first and last blocks share."""
-
-    def __init__(self, run: _Run, keys: list[BranchKey], step: int, *, skips: bool) -> None:
-        self.skips = skips
-        self._run, self._keys, self._step = run, keys, step
-        self._image_BND: Tensor | None = None
-
-    def options(self, options: Options) -> dict[str, Any]:
-        """Those of the call, with other blocks."""
-        replaced = {**options.get("patches_replace", {})}
-        blocks = {**replaced.get("dit", {})}
-        names = self._run.blocks
-        for name in names if self.skips else (names[0], names[-1]):
-            replacer = self._pass if self.skips else self._watch
-            blocks[name] = replacer(name, blocks.get(name))
-        changed = {**options, "patches_replace": {**replaced, "dit": blocks}}
-        if self.skips and "double_block" in options.get("patches", {}):
-            last = [_only_after(names[-1], patch) for patch in options["patches"]["double_block"]]
-            changed["patches"] = {**options["patches"], "double_block": last}
-        return changed
-
-    def control(self, control: Options | None) -> Options | None:
-        """What a ControlNet adds: what follows the last block, if the residual has the rest."""
-        if not self.skips or control is None:
-            return control
-        kind, index = self._run.blocks[-1]
-        name = "input" if kind == "double_block" else "output"
-        values = [*control.get(name, [])]
-        kept: dict[str, list[Any]] = {"input": [], "middle": [], "output": []}
-        kept[name] = [None] * index + values[index : index + 1]
-        return kept
-
-    def _watch(self, name: BlockName, existing: Replacer | None) -> Replacer:
-        """Computes the block, and keeps what all blocks together add."""
-
-        def block(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-            if name == self._run.blocks[0]:
-                # Blocks and ControlNets change the tensor in place.
-                self._image_BND = arguments["img"].clone()
-            original = extra["original_block"]
-            result = existing(arguments, extra) if existing else original(arguments)
-            if name == self._run.blocks[-1]:
-                entered_BND = self._image_BND
-                assert entered_BND is not None
-                left_BND = result["img"][:, _text_length(name, arguments) :]
-                torch.sub(left_BND, entered_BND, out=entered_BND)
-                self._run.keep(self._keys, self._step, entered_BND)
-            return result
-
-        return block
-
-    def _pass(self, name: BlockName, existing: Replacer | None) -> Replacer:
-        """Computes nothing; the picture leaves the last block with the residual."""
-
-        def block(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-            image_BND = arguments["img"]
-            if name == self._run.blocks[0]:
-                kept = [self._run.residuals[key].to(image_BND.device) for key in self._keys]
-                self._image_BND = image_BND + (kept[0] if len(kept) == 1 else torch.cat(kept))
-            result = {part: arguments[part] for part in ("img", "txt") if part in arguments}
-            if name == self._run.blocks[-1]:
-                assert self._image_BND is not None
-                text_BND = image_BND[:, : _text_length(name, arguments)]
-                alone = not text_BND.shape[1]
-                result["img"] = (
-                    self._image_BND if alone else torch.cat([text_BND, self._image_BND], dim=1)
-                )
-            return result
-
-        return block
-
-
 def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around each call of the diffusion model."""
     names = list(inspect.signature(executor.original).parameters)
@@ -301,7 +232,7 @@ def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     call = None if run is None or "uuids" not in options else run.call(args[0], options)
     if call is None:
         return executor(*args, **kwargs)
-    changed = {"transformer_options": call.options(options)}
+    changed: dict[str, Any] = {"transformer_options": call.options(options)}
     if "control" in given:
         changed["control"] = call.control(given["control"])
     # Others in the chain expect each argument where it was.
@@ -327,21 +258,6 @@ def _branches(x: Tensor, options: Options) -> list[BranchKey]:
         (CONDITIONAL if which == 0 else UNCONDITIONAL, uuid, *same)
         for uuid, which in zip(options["uuids"], options["cond_or_uncond"], strict=True)
     ]
-
-
-def _text_length(name: BlockName, arguments: Options) -> int:
-    """How many tokens of text stand before the picture's."""
-    kind, _ = name
-    return arguments["transformer_options"]["img_slice"][0] if kind == "single_block" else 0
-
-
-def _only_after(last: BlockName, patch: Callable[..., Any]) -> Callable[..., Any]:
-    """A patch of a block's output, as it is in a step that skips all: the residual has the rest."""
-
-    def patched(arguments: dict[str, Any]) -> dict[str, Any]:
-        return patch(arguments) if ("double_block", arguments["block_index"]) == last else arguments
-
-    return patched
 
 
 def _mean(calibrations: Sequence[Calibration]) -> Calibration:

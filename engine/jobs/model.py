@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from .. import hardware, lora_merge, quantized_loading
+from ..adapter_weights import AdapterWeights
 from ..architectures.base import Architecture
 from ..config import Config, QuantizationConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..events import Message, Reporter
-from ..layer_names import published_layers
+from ..key_table import fusions
+from ..layer_names import LayerNames, row_of
+from ..lora_pieces import NotExactError, split
 from ..quantized_cache import cached_model
 from ..quantized_loading import QuantizationSettings, read_loras
 from ..weights import open_checkpoint, pipeline_part
@@ -102,7 +105,27 @@ def load_transformer(
         loras=before,
         told=tell,
     )
-    inner = {name: each.inner for name, each in published_layers(names, transformer).items()}
+    inner = {each.published: each.inner for each in fusions(names.table, transformer)}
     for layers, multiplier in [] if settings else adapters:
-        lora_merge.merge_into(transformer, inner, layers, multiplier=multiplier)
+        ours = {name: _of_our_module(names, name, adapter) for name, adapter in layers.items()}
+        lora_merge.merge_into(transformer, inner, ours, multiplier=multiplier)
     return transformer
+
+
+def _of_our_module(names: LayerNames, published: str, adapter: AdapterWeights) -> AdapterWeights:
+    """The adapter as diffusers orders the rows of its layer.
+
+    Raises:
+        CheckpointError: it cannot be ordered so exactly.
+    """
+    found = row_of(names, published)
+    if found is None or not found[0].halves_swapped:
+        return adapter
+    try:
+        [part] = split(adapter, found[0])
+    except NotExactError as error:
+        raise CheckpointError(
+            f"{published} {error}, so it cannot be merged into diffusers' model; merge it with the "
+            "tool lora merge first"
+        ) from None
+    return part or adapter

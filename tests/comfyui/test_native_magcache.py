@@ -212,13 +212,10 @@ def test_the_part_is_read_from_the_noise_levels(report: Report, model: str) -> N
         "late prompt",
         "one by one",
         "two pictures",
-        "picture to edit",
     ],
 )
 @pytest.mark.parametrize("model", CLOSELY)
 def test_it_goes_with_what_else_changes_a_model(report: Report, model: str, other: str) -> None:
-    if other == "picture to edit" and model != "FLUX.1 Kontext":
-        pytest.skip("Wan is given pictures in another way")
     found = report[model]["together"][other]
 
     assert found["never"]
@@ -226,6 +223,14 @@ def test_it_goes_with_what_else_changes_a_model(report: Report, model: str, othe
     assert found["finite"] and found["distance"] < 0.5
     # Fewer than all calls were computed.
     assert max(found["counts"].values()) < 0.8 * len(found["calls"])
+
+
+def test_tokens_of_a_picture_to_edit_are_kept_with_the_others(report: Report) -> None:
+    found = report["FLUX.1 Kontext"]["together"]["picture to edit"]
+
+    assert found["never"] and found["effect"] > 1e-3 and found["distance"] < 0.5
+    # The negative prompt has no picture, so ComfyUI makes a call of its own for it.
+    assert set(found["counts"].values()) == {2 * PLAN.num_computed}
 
 
 @pytest.mark.parametrize("model", CLOSELY)

@@ -238,7 +238,7 @@ def test_a_step_is_skipped_if_all_that_are_sampled_together_have_a_residual(
     x = torch.zeros(2, 4, 8, 8)
 
     first = run.call(x, options(0, sigmas))
-    run.keep(first._keys, 0, torch.cat([residual(1.0), residual(2.0)]))
+    first._keep(torch.cat([residual(1.0), residual(2.0)]))
     together = run.call(x, options(1, sigmas))
     late = run.call(x, options(2, sigmas, "ac"))
     alone = run.call(x[:1], options(3, sigmas, "b"))
@@ -252,14 +252,12 @@ def test_a_step_is_skipped_if_all_that_are_sampled_together_have_a_residual(
 
 
 def test_a_call_belongs_to_the_step_of_the_nearest_noise_level(native_cache: Any) -> None:
-    sigmas = torch.linspace(1, 0, 11)
-    run = native_cache._Run(BLOCKS, full_plan(10), sigmas, True)
-    x = torch.zeros(1, 4, 8, 8)
+    run = native_cache._Run(BLOCKS, full_plan(10), torch.linspace(1, 0, 11), True)
     levels = {1.2: 0, 1.0: 0, 0.94: 1, 0.96: 0, 0.1: 9, 0.01: 9}
 
-    for level, step in levels.items():
-        call = run.call(x, {**options(0, sigmas, "a"), "sigmas": torch.tensor([level])})
-        assert call._step == step
+    found = {level: run.step_of({"sigmas": torch.tensor([level])}) for level in levels}
+
+    assert found == levels
 
 
 def test_a_step_before_a_computed_one_keeps_nothing(native_cache: Any) -> None:
@@ -269,18 +267,18 @@ def test_a_step_before_a_computed_one_keeps_nothing(native_cache: Any) -> None:
     assert run.call(torch.zeros(1, 4, 8, 8), options(3, sigmas, "a")) is None
 
 
-def test_what_follows_the_last_block_is_all_that_a_skipped_step_adds(native_cache: Any) -> None:
-    sigmas = torch.linspace(1, 0, 11)
-    run = native_cache._Run(BLOCKS, full_plan(10), sigmas, False)
-    call = native_cache._Call(run, [], 0, skips=True)
+def test_what_follows_the_last_block_is_all_that_a_skipped_step_adds(
+    load: Callable[[str], Any],
+) -> None:
+    kind = load("block_call").BlockCall
     control = {"input": ["i0", "i1"], "output": ["o0"]}
+    skipped = kind(BLOCKS, reused=[residual(1.0)])
+    doubles = kind(BLOCKS[:2], reused=[residual(1.0)])
 
-    assert call.control(control) == {"input": [], "middle": [], "output": ["o0"]}
-    assert call.control({"input": ["i0"]}) == {"input": [], "middle": [], "output": []}
-    assert native_cache._Call(run, [], 0, skips=False).control(control) is control
-    doubles = native_cache._Run(BLOCKS[:2], full_plan(10), sigmas, False)
-    kept = native_cache._Call(doubles, [], 0, skips=True).control(control)
-    assert kept == {"input": [None, "i1"], "middle": [], "output": []}
+    assert skipped.control(control) == {"input": [], "middle": [], "output": ["o0"]}
+    assert skipped.control({"input": ["i0"]}) == {"input": [], "middle": [], "output": []}
+    assert doubles.control(control) == {"input": [None, "i1"], "middle": [], "output": []}
+    assert kind(BLOCKS, keep=lambda kept: None).control(control) is control
 
 
 def test_blocks_are_named_in_the_order_in_which_they_run(native_model: Any) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from pack.engine import media, seeds
-from pack.engine.adapter_weights import LoRAWeights
+from pack.engine.adapter_weights import FullWeights, LoRAWeights
 from pack.engine.architectures.flux_kontext import FluxKontext
 from pack.engine.errors import CheckpointError, ConfigError, DataError
 from pack.engine.events import Event, Finished, Progress, Saved
 from pack.engine.jobs import generate
 from pack.engine.jobs.generate import SamplingSettings, initial_noise, load_with_loras, sample
-from pack.engine.lora_file import read_lora, save_adapters
+from pack.engine.lora_file import read_lora, save_adapters, write_lora
 from pack.engine.lora_targets import select
 from pack.engine.signals import Stopped
 from pack.engine.weights import save_tensors
@@ -159,6 +159,31 @@ def test_a_merged_lora_does_what_the_trained_adapters_did(
 
     # Float32 sums in another order, through six blocks twice.
     torch.testing.assert_close(latents(transformer), latents(injected), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_outside_of_the_blocks_and_norms_are_merged_too(model: Path, tmp_path: Path) -> None:
+    """What others train may change any of them; the last layer has its halves swapped here."""
+    settings = tiny.model_settings(model)
+    plain = load_with_loras(tiny.config(settings), FLUX, torch.device("cpu"))
+    before = FLUX.published_state_dict(plain)
+    changes = {
+        "final_layer.adaLN_modulation.1": "weight",
+        "double_blocks.0.img_attn.norm.query_norm": "scale",
+        "time_in.in_layer": "weight",
+    }
+    layers = {
+        name: FullWeights(torch.randn_like(before[f"{name}.{weight}"]))
+        for name, weight in changes.items()
+    }
+    path = tmp_path / "full.safetensors"
+    write_lora(path, layers, FLUX.layer_names, dtype=torch.float32, metadata={})
+    merged = tiny.config(settings, lora_weight=[path], lora_multiplier=[0.5])
+    after = FLUX.published_state_dict(load_with_loras(merged, FLUX, torch.device("cpu")))
+    for name, weight in changes.items():
+        diff = layers[name].diff
+        assert diff is not None
+        expected = before[f"{name}.{weight}"] + 0.5 * diff
+        torch.testing.assert_close(after[f"{name}.{weight}"], expected)
 
 
 def test_a_control_image_changes_the_picture(draw: Draw, tmp_path: Path) -> None:

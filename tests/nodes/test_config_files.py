@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pack.engine.config import FIELDS, Config
+from pack.engine.config import FIELDS, GROUPS, Config
 from pack.engine.config_file import Given, build_config, parse_config, to_toml
 from pack.engine.errors import ConfigError, EngineError
 from pack.tests.nodes.stand_ins import FolderPaths
@@ -154,6 +154,7 @@ OTHER: dict[str, Any] = {
     "cpu_threads": 1,
 }
 LEFT_OUT = {
+    **{name: "only for generating" for name in GROUPS["magcache"].model_fields},
     "output_dir": "the node writes where ComfyUI lists LoRAs",
     "resume": "the choice existing_run says it",
     "overwrite": "the choice existing_run says it",

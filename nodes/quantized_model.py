@@ -100,7 +100,7 @@ class QuantizeModel(io.ComfyNode):
                     "Diffusion Model.",
                 ),
                 *_settings_inputs(),
-                *tool_runs.several_loras(),
+                *tool_runs.several_loras(shown=1),
                 *tool_runs.output_inputs("quantized"),
             ],
             outputs=[
@@ -147,7 +147,7 @@ def _settings_inputs() -> list[io.Input]:
     return [
         widget("quantize_format"),
         widget("quantize_mode"),
-        widget("quantize_block_size", step=16),
+        widget("quantize_block_size", step=16, advanced=True),
         widget("quantize_search", advanced=True),
         widget("quantize_scale_dtype", advanced=True),
         widget("quantize_compat", advanced=True),

@@ -47,11 +47,11 @@ def path_input(instead_of: str = "lora") -> io.Input:
     )
 
 
-def several_loras() -> list[io.Input]:
-    """Choices of LoRAs, each with its strength."""
+def several_loras(*, shown: int = _SHOWN_LORAS) -> list[io.Input]:
+    """Choices of LoRAs, each with its strength; all but the first ``shown`` are advanced."""
     inputs: list[io.Input] = []
     for number in range(1, NUM_LORAS + 1):
-        advanced = number > _SHOWN_LORAS or None
+        advanced = number > shown or None
         inputs += [
             lora_input(f"lora_{number}", tooltip="A LoRA.", advanced=advanced),
             io.Float.Input(

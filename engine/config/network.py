@@ -50,10 +50,13 @@ def _rank_patterns(value: Any) -> Any:
     """``{pattern: rank}`` or ``{pattern: (rank, alpha)}`` as pairs of pattern and both."""
     if not isinstance(value, dict):
         return value
-    parts = {
-        key: part if isinstance(part, tuple | list) else (part,) for key, part in value.items()
-    }
-    return [(key, part[0], part[1] if part[1:] else None) for key, part in parts.items()]
+    found: list[tuple[Any, Any, Any]] = []
+    for pattern, given in value.items():
+        rank, *alpha = given if isinstance(given, tuple | list) and given else (given,)
+        if len(alpha) > 1:
+            raise ValueError(f"a rank and at most an alpha for each pattern (not {given!r})")
+        found.append((pattern, rank, alpha[0] if alpha else None))
+    return found
 
 
 def _check_rank_patterns(
@@ -152,7 +155,7 @@ def parse_network_arguments(values: list[str]) -> NetworkArguments:
         name = str(detail["loc"][0])
         reason = f"{_expected(name)} (not {given[name]!r})"
         if detail["type"] == "value_error":
-            reason = str(detail["ctx"]["error"])
+            reason = str(detail.get("ctx", {})["error"])
         raise ValueError(f"for {name} {reason}") from None
 
 

@@ -249,13 +249,15 @@ def test_the_section_is_part_of_the_place(run_toml: Path) -> None:
 
 
 def test_all_mistakes_of_a_run_are_named_together(run_toml: Path) -> None:
-    text = "seed = -1\nlearing_rate = 1\n[a]\nblocks_to_swap = true\nmixed_precision = 8\n[b]\nseed = 2"
+    text = (
+        "seed = -1\nlearing_rate = 1\n[a]\nblocks_to_swap = 1\nmixed_precision = 8\n[b]\nseed = 2"
+    )
     named = problems(run_toml, text, network_dim=["0"], rank=["4"], vae_tiling=[])
     assert sorted(re.split("; |: expected", problem)[0] for problem in named) == [
         "command line: network_dim = 0",
         'command line: rank = "4": unknown setting',
         "command line: vae_tiling = true: this option is not supported by this version",
-        "run.toml [a]: blocks_to_swap = true: this option is not supported by this version",
+        "run.toml [a]: blocks_to_swap = 1: this option is not supported by this version",
         "run.toml [a]: mixed_precision = 8",
         "run.toml [b]: seed = 2: also set in run.toml",
         "run.toml: learing_rate = 1: unknown setting",

@@ -196,11 +196,13 @@ def test_a_variant_with_more_input_channels_is_refused(
     assert variant in str(caught.value)
 
 
-def test_weights_in_scaled_fp8_are_named(tmp_path: Path) -> None:
+def test_a_weight_with_a_scale_is_the_weight_times_the_scale(tmp_path: Path) -> None:
+    """As ComfyUI's scaled files have it, also where the codes are ordinary numbers."""
     state, _ = tiny_checkpoints.build("flux_t2i")
-    state["single_blocks.0.linear1.scale_weight"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match="the weights are quantized"):
-        load(state, tmp_path)
+    layer = "single_blocks.0.linear2"
+    state[f"{layer}.scale_weight"] = torch.tensor(0.5)
+    loaded = KONTEXT.published_state_dict(load(state, tmp_path))
+    torch.testing.assert_close(loaded[f"{layer}.weight"], 0.5 * state[f"{layer}.weight"])
 
 
 def test_the_architecture_can_be_named_when_there_is_no_file() -> None:

@@ -48,7 +48,8 @@ def assert_same_run(first: Path, second: Path) -> None:
     for name in names:
         if name.endswith(".safetensors"):
             # What was kept on the way says how long the run should have become then.
-            tiny.assert_same_file(first / name, second / name, but=["ss_max_train_steps", "ss_num_epochs"])
+            length = ["ss_max_train_steps", "ss_num_epochs"]
+            tiny.assert_same_file(first / name, second / name, but=length)
     assert curve(first) == curve(second)
 
 

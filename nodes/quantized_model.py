@@ -10,7 +10,6 @@ from typing import Any
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..engine.jobs import quantize
 from ..engine.quantization_report import error_plot
 from ..engine.quantized_file import LAYOUTS
 from ..engine.quantized_loading import QuantizationSettings
@@ -119,6 +118,8 @@ class QuantizeModel(io.ComfyNode):
     def execute(
         cls, dit: str, output_name: str, existing_file: str, **inputs: Any
     ) -> io.NodeOutput:
+        from ..engine.jobs import quantize
+
         with NodeProgress(cls.hidden.unique_id) as progress:
             tool = partial(
                 quantize.run,

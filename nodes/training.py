@@ -15,7 +15,6 @@ from ..engine.config import Config
 from ..engine.config_file import to_toml
 from ..engine.errors import ConfigError, EngineError
 from ..engine.events import Reporter
-from ..engine.jobs import train as job
 from ..engine.jobs.outputs import RunFiles, find_start
 from . import control, native, paths
 from .live_samples import LiveSamples
@@ -76,6 +75,9 @@ def train(config: Config, vae: Any, node_id: str) -> list[str]:
             saved is whole.
         InterruptProcessingException: the user cancelled; everything is saved.
     """
+    # As much again as all other modules of the pack, and ComfyUI's start should not wait for it.
+    from ..engine.jobs import train as job
+
     with NodeProgress(node_id) as progress:
         files, _ = find_start(config)
         config = native.on_comfyuis_device(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -108,7 +109,10 @@ def build(
     device = device_of(config, accelerator)
     precision = config.training.mixed_precision
     base = config.network.base_loras
-    transformer = load_transformer(config, architecture, device, report, loras=base)
+    # One writes the copy in 8 bits, the others read it.
+    copies = config.quantization.quantized_cache is not None
+    with accelerator.main_process_first() if copies else nullcontext():
+        transformer = load_transformer(config, architecture, device, report, loras=base)
     planned = network_plan.plan_network(config, architecture, transformer)
     remarks: list[str] = []
     network = planned.put_on(transformer, seeds.generator(config.runtime.seed, "lora"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pack.engine.block_cache import BlockStreams, cached_blocks
+from pack.engine.block_cache import BlockStreams, cached_blocks, calibrated_blocks
 from pack.engine.magcache import planned
 from torch import Tensor, nn
 
@@ -97,9 +97,48 @@ def tiny_hunyuan() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, inputs
 
 
+def tiny_framepack() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A section of 3 latent frames, with clean frames and two resolutions of history."""
+    from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+    model = HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        image_proj_dim=20,
+        has_image_proj=True,
+        has_clean_x_embedder=True,
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 3, 8, 8),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": torch.randn(1, 8, 8),
+        "encoder_attention_mask": torch.ones(1, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "guidance": torch.full((1,), 10_000.0),
+        "image_embeds": torch.randn(1, 5, 20),
+        "indices_latents": torch.arange(3, 6),
+        "latents_clean": torch.randn(1, 4, 2, 8, 8),
+        "indices_latents_clean": torch.tensor([0, 6]),
+        "latents_history_2x": torch.randn(1, 4, 2, 8, 8),
+        "indices_latents_history_2x": torch.tensor([1, 2]),
+        "latents_history_4x": torch.randn(1, 4, 4, 8, 8),
+        "indices_latents_history_4x": torch.tensor([20, 21, 22, 23]),
+    }
+    return model, inputs
+
+
 @pytest.mark.parametrize(
     ("make", "streams"),
     [
+        (tiny_framepack, BlockStreams(outputs=("hidden_states", "encoder_hidden_states"))),
         (tiny_wan, BlockStreams(outputs=("hidden_states",))),
         (tiny_qwen, BlockStreams()),
         (tiny_hunyuan, BlockStreams(outputs=("hidden_states", "encoder_hidden_states"))),
@@ -119,3 +158,28 @@ def test_the_blocks_of_other_families_are_skipped_too(
     # in + (out - in) is out but for the rounding of numbers of order 1
     torch.testing.assert_close(skipped, expected, rtol=0, atol=1e-5)
     assert cache.block_calls == 2 * len(Blocks().blocks(model))
+
+
+def test_every_section_of_a_framepack_video_begins_anew_and_has_ratios_of_its_own() -> None:
+    """As the peer resets before each section; the sections have other inputs."""
+    torch.manual_seed(0)
+    model, inputs = tiny_framepack()
+    model.eval().requires_grad_(False)
+    streams = BlockStreams(outputs=("hidden_states", "encoder_hidden_states"))
+    sections = [inputs | {"hidden_states": torch.randn(1, 4, 3, 8, 8)} for _ in range(2)]
+    times = [torch.full((1,), time) for time in (900.0, 500.0, 100.0)]
+    ratios: list[tuple[float, ...]] = []
+    for section in sections:
+        with calibrated_blocks(Blocks(), model, len(times), streams=streams) as cache:
+            for time in times:
+                model(**section | {"timestep": time}, return_dict=False)
+        [calibration] = cache.calibration().values()
+        ratios.append(calibration.ratios)
+    assert ratios[0] != ratios[1] and all(len(each) == 3 and each[0] == 1 for each in ratios)
+
+    alone = [model(**section, return_dict=False)[0] for section in sections]
+    for section, expected in zip(sections, alone, strict=True):
+        with cached_blocks(Blocks(), model, PLAN, streams=streams) as cache:
+            first, skipped = (model(**section, return_dict=False)[0] for _ in range(2))
+        assert torch.equal(first, expected)  # nothing of the section before is left
+        torch.testing.assert_close(skipped, expected, rtol=0, atol=1e-5)

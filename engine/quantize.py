@@ -109,30 +109,6 @@ def empty(
     )
 
 
-def from_tensors(codes: Tensor, scale: Tensor) -> Quantized:
-    """Codes and scales of a file, which has the mode in the scale's shape only.
-
-    Known are [O, N, 1] and [O, N] (blocks), [O, 1] and [O] (channel), [] and [1] (tensor).
-
-    Raises:
-        ValueError: the codes are not 8 bits wide, or the scale does not fit to them.
-    """
-    format_of(codes)
-    if scale.numel() == 1 and scale.dim() < 2:
-        return Quantized(codes, scale.reshape(()), "tensor")
-    if codes.dim() == 2 and scale.dim() in (1, 2, 3) and scale.shape[0] == codes.shape[0]:
-        blocks_ON = scale.reshape(scale.shape[0], -1)
-        num_blocks = blocks_ON.shape[1]
-        if scale.dim() < 3 and num_blocks == 1:
-            return Quantized(codes, blocks_ON, "channel")
-        if scale.shape[2:] in ((), (1,)) and num_blocks and codes.shape[1] % num_blocks == 0:
-            return Quantized(codes, blocks_ON[..., None], "block", codes.shape[1] // num_blocks)
-    raise ValueError(
-        f"a scale of shape {list(scale.shape)} does not fit to a weight of shape "
-        f"{list(codes.shape)}"
-    )
-
-
 @torch.no_grad()
 def quantize(
     weight_OI: Tensor,

@@ -8,7 +8,7 @@ Shapes: T tokens, O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,45 +138,6 @@ class QuantizedLinear(nn.Module):
             for name, tensor in stored.items():
                 self._buffers[name] = self.get_buffer(name).view(tensor.dtype)
         return self
-
-
-def replace_linears(
-    module: nn.Module,
-    names: Iterable[str],
-    *,
-    format: str = "e4m3",
-    mode: str = "block",
-    block_size: int = 64,
-    scale_dtype: torch.dtype | None = None,
-    search: bool = False,
-) -> dict[str, QuantizedLinear]:
-    """Put a `QuantizedLinear` in the place of each named Linear; options as of `quantize`.
-
-    One by one, so that the float weights are gone as soon as possible. The layers share a
-    workspace.
-
-    Raises:
-        ValueError: a name is not that of a Linear, or its weight cannot be quantized; the layers
-            before it are replaced.
-    """
-    replaced: dict[str, QuantizedLinear] = {}
-    workspace = Workspace()
-    for name in names:
-        linear = module.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is a {type(linear).__name__}, not a Linear")
-        layer = QuantizedLinear.from_linear(
-            linear,
-            format=format,
-            mode=mode,
-            block_size=block_size,
-            scale_dtype=scale_dtype,
-            search=search,
-        )
-        layer.workspace = workspace
-        module.set_submodule(name, layer)
-        replaced[name] = layer
-    return replaced
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -18,7 +18,7 @@ from . import lora_outputs
 from .lora_inputs import Opened, dtype_named, open_lora, widest
 from .lora_layer_report import LayerResult, compared, in_words, size, table
 from .lora_resize import lower
-from .tool_result import ToolResult, check_output
+from .tool_result import ToolResult, check_not_an_input, check_output
 
 _SEED = 0  # of sketches
 
@@ -50,7 +50,7 @@ def run(
             not for the same model.
     """
     check_output(output, overwrite=overwrite)
-    lora_outputs.check_not_an_input(output, [path for path, _ in sources])
+    check_not_an_input(output, [path for path, _ in sources])
     _check_weights(sources)
     opened = [open_lora(path, architecture) for path, _ in sources]
     layers = _by_layer(opened, [weight for _, weight in sources])

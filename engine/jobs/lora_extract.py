@@ -26,7 +26,7 @@ from ..model_difference import Change, ModelOnDisk, Parameter, difference, open_
 from . import lora_outputs
 from .lora_inputs import dtype_named
 from .lora_layer_report import LayerResult, in_words, rank_chart, size, table
-from .tool_result import ToolResult, check_output
+from .tool_result import ToolResult, check_not_an_input, check_output
 
 _DEFAULT_MAX_RANK = 128
 
@@ -113,7 +113,7 @@ def run(
         find_device(settings.device),
     )
     inputs = [*extraction.tuned.checkpoint.paths, *extraction.base.checkpoint.paths]
-    lora_outputs.check_not_an_input(output, inputs)
+    check_not_an_input(output, inputs)
     selected = _selected(extraction.tuned, extraction.base, settings)
     found = _extracted(extraction, selected, report)
     if not found.adapters:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,14 @@ import torch
 from ..architectures.names import LAYER_NAMES
 from ..checkpoint_layers import StoredModel, stored_model
 from ..checkpoint_merge import CheckpointMerge, plan_merge, write_merged
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError
 from ..events import Message, Progress, Reporter
 from ..lora_file import LoRAFile, read_lora
 from ..lora_merge import MergeTally, check_layers
 from ..memory import size_in_words
 from ..quantized_layout import layout_of
 from ..weights import Checkpoint, open_checkpoint, pipeline_part
-from .tool_result import ToolResult, check_output
+from .tool_result import ToolResult, check_not_an_input, check_output, check_room
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Rounding error in parts of the change, from which on it is worth a warning.
@@ -63,7 +62,7 @@ def run(
     check_output(output, overwrite=overwrite)
     _check_options(loras, dtype)
     checkpoint = open_checkpoint(pipeline_part(dit, "transformer"))
-    _check_not_an_input(output, [*checkpoint.paths, *(path for path, _ in loras)])
+    check_not_an_input(output, [*checkpoint.paths, *(path for path, _ in loras)])
     layout = layout_of(checkpoint)
     model = stored_model(checkpoint, layout, LAYER_NAMES, architecture)
     shapes = model.shapes()
@@ -78,7 +77,7 @@ def run(
         dtype=None if dtype is None else DTYPES[dtype],
         metadata=_metadata(checkpoint.metadata, files),
     )
-    _check_room(output, merge.num_bytes)
+    check_room(output, merge.num_bytes)
     begin = time.perf_counter()
     total_mib = -(-merge.num_bytes // _MIB)
 
@@ -106,22 +105,6 @@ def _check_options(loras: Sequence[tuple[Path, float]], dtype: str | None) -> No
             raise ConfigError(f"{path}: the multiplier is {multiplier}; give a number")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is unknown; choose {', '.join(DTYPES)}")
-
-
-def _check_not_an_input(output: Path, inputs: Sequence[Path]) -> None:
-    if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
-        raise ConfigError(
-            f"{output}: the file to write is one of those that are read; choose another name"
-        )
-
-
-def _check_room(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise EngineError(
-            f"{output.parent}: the merged file needs {size_in_words(needed)}, but only "
-            f"{size_in_words(free)} are free; make room or choose another folder"
-        )
 
 
 def _metadata(model: Mapping[str, str], files: Sequence[tuple[LoRAFile, float]]) -> dict[str, str]:

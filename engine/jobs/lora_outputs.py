@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_weights import AdapterWeights, FullWeights, LoRAWeights
-from ..errors import ConfigError, NotFiniteError
+from ..errors import NotFiniteError
 from ..layer_names import LayerNames
 from ..lora_file import write_lora
 from .lora_inputs import text_tensors
@@ -41,18 +41,6 @@ def write(
         metadata=_with_ranks(metadata, adapters.values()),
         other=_rounded(path, text_tensors(text, text_keys), dtype),
     )
-
-
-def check_not_an_input(output: Path, inputs: Iterable[Path]) -> None:
-    """See that no file that is read would be written over.
-
-    Raises:
-        ConfigError: one would be.
-    """
-    if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
-        raise ConfigError(
-            f"{output}: the file to write is one of those that are read; choose another name"
-        )
 
 
 def _with_ranks(metadata: Mapping[str, str], adapters: Iterable[AdapterWeights]) -> dict[str, str]:

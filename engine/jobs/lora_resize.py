@@ -14,7 +14,7 @@ from ..low_rank import RankChoice
 from . import lora_outputs
 from .lora_inputs import dtype_named, open_lora
 from .lora_layer_report import LayerResult, compared, in_words, rank_chart, size, table
-from .tool_result import ToolResult, check_output
+from .tool_result import ToolResult, check_not_an_input, check_output
 
 _SEED = 0  # of sketches
 
@@ -43,7 +43,7 @@ def run(
         EngineError: a setting or file cannot be used, or a layer has a magnitude.
     """
     check_output(output, overwrite=overwrite)
-    lora_outputs.check_not_an_input(output, [source])
+    check_not_an_input(output, [source])
     opened = open_lora(source, architecture)
     number_type = dtype_named(dtype, opened.dtype)
     generator = torch.Generator().manual_seed(_SEED)

@@ -18,7 +18,7 @@ from ..key_table import fusions
 from ..layer_names import LayerNames, row_of
 from ..lora_pieces import NotExactError, split
 from ..quantized_cache import cached_model
-from ..quantized_loading import QuantizationSettings, read_loras
+from ..quantized_loading import Adapters, QuantizationSettings, read_loras
 from ..weights import open_checkpoint, pipeline_part
 
 
@@ -91,9 +91,12 @@ def load_transformer(
             path, folder, names, settings, loras=loras, device=device, report=report
         )
         loras = ()
-    adapters, told = read_loras(open_checkpoint(pipeline_part(path, "transformer")), names, loras)
-    for sentence in told:
-        tell(sentence)
+    adapters: list[Adapters] = []
+    if loras:
+        checkpoint = open_checkpoint(pipeline_part(path, "transformer"))
+        adapters, told = read_loras(checkpoint, names, loras)
+        for sentence in told:
+            tell(sentence)
     # What is rounded to 8 bits is merged before. All else has the number type of the run by then,
     # which may be more exact than that of the file.
     before = adapters if settings else []

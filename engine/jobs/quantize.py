@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from .. import hardware
 from ..architectures.names import LAYER_NAMES
 from ..checkpoint_layers import stored_model
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError
 from ..events import Message, Progress, Reporter
 from ..memory import size_in_words
 from ..quantization_report import (
@@ -37,7 +36,7 @@ from ..quantized_loading import (
 )
 from ..quantized_stream import stored_tensors
 from ..weights import Checkpoint, open_checkpoint, pipeline_part
-from .tool_result import ToolResult, check_output
+from .tool_result import ToolResult, check_not_an_input, check_output, check_room
 
 _MIB = 2**20
 _MOST_LISTED = 8
@@ -75,7 +74,7 @@ def run(
     check_output(output, overwrite=overwrite)
     _check_options(loras, layout)
     checkpoint = open_checkpoint(pipeline_part(dit, "transformer"))
-    _check_not_an_input(output, [*checkpoint.paths, *(path for path, _ in loras)])
+    check_not_an_input(output, [*checkpoint.paths, *(path for path, _ in loras)])
     names = stored_model(checkpoint, layout_of(checkpoint), LAYER_NAMES, architecture).names
     adapters, told = read_loras(checkpoint, names, loras)
     only_tensor_mode = layout == "comfyui"
@@ -85,7 +84,7 @@ def run(
         checkpoint, names, settings, adapters, only_tensor_mode=only_tensor_mode
     )
     plan = plan_file(source, layout, _metadata(checkpoint, dit, settings, loras))
-    _check_room(output, plan.num_bytes)
+    check_room(output, plan.num_bytes)
     device = hardware.find_device("auto")
     begin = time.perf_counter()
     layers = _write(source, plan, output, device, report)
@@ -117,22 +116,6 @@ def _check_options(loras: Sequence[tuple[Path, float]], layout: str) -> None:
     for path, multiplier in loras:
         if not math.isfinite(multiplier):
             raise ConfigError(f"{path}: the multiplier is {multiplier}; give a number")
-
-
-def _check_not_an_input(output: Path, inputs: Sequence[Path]) -> None:
-    if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
-        raise ConfigError(
-            f"{output}: the file to write is one of those that are read; choose another name"
-        )
-
-
-def _check_room(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise EngineError(
-            f"{output.parent}: the file needs {size_in_words(needed)}, but only "
-            f"{size_in_words(free)} are free; make room or choose another folder"
-        )
 
 
 def _metadata(

@@ -13,7 +13,6 @@ from pack.engine.quantize import (
     all_finite,
     dequantize,
     empty,
-    from_tensors,
     mode_for,
     quantize,
     quantize_into,
@@ -329,33 +328,6 @@ def test_rows_and_columns_are_views_of_their_part() -> None:
         assert stored.rows(2, 5).codes.data_ptr() == stored.codes[2].data_ptr()
     with pytest.raises(ValueError, match="cut a block"):
         quantize(weight).columns(10, 64)
-
-
-def test_the_mode_is_found_from_the_shape_of_the_scale() -> None:
-    weight = normal(4, 128)
-    for mode in MODES:
-        stored = quantize(weight, mode=mode)
-        short = stored.scale.view(1) if mode == "tensor" else stored.scale.squeeze(-1)
-        for scale in (stored.scale, short):
-            found = from_tensors(stored.codes, scale)
-            assert found.mode == mode and found.block_size == stored.block_size
-            assert torch.equal(dequantize(found), dequantize(stored))
-
-
-def test_one_row_has_the_mode_that_its_shape_of_scale_says() -> None:
-    codes = quantize(normal(1, 64)).codes
-    shapes = {(1, 1, 1): "block", (1, 1): "channel", (1,): "tensor", (): "tensor"}
-    for shape, mode in shapes.items():
-        assert from_tensors(codes, torch.ones(shape)).mode == mode
-
-
-def test_scales_that_do_not_fit_are_refused() -> None:
-    codes = quantize(normal(4, 128)).codes
-    for shape in ((3, 2, 1), (4, 3), (4, 2, 2), (2,), (4, 2, 1, 1)):
-        with pytest.raises(ValueError, match="does not fit"):
-            from_tensors(codes, torch.ones(shape))
-    with pytest.raises(ValueError, match="float32"):
-        from_tensors(codes.float(), torch.ones(()))
 
 
 @pytest.mark.parametrize("mode", MODES)

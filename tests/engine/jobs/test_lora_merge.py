@@ -378,7 +378,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     dit, lora, output = inputs
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(EngineError, match="the merged file needs .* are free"):
+    with pytest.raises(EngineError, match="the file needs .* are free"):
         run(dit, [(lora, 1.0)], output)
     assert not output.exists()
 
